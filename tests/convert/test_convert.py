@@ -265,8 +265,29 @@ def test_command_lines_that_contradict_themselves(base, tmp_path, capsys):
     assert "nowhere does not exist" in refuse("--to_torch", "--weights=nowhere")
     with pytest.raises(SystemExit, match="2"):
         main(["--multiplier=3", "--out=x"])
+    with pytest.raises(ValueError, match="heads: no option of a tokenizer .VQVAE.; leave it out"):
+        convert(tmp_path / "out", {"heads": 3}, tokenizer=base[0])
     with pytest.raises(ValueError, match="unknown part vae; known parts are tokenizer, kl"):
         convert(tmp_path / "out", vae=base[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--var=x --layout=diffusers", "--layout: not used with --var; leave it out"),
+        ("--run=x --no-ema --latent_shift=0", "--latent_shift: not used with --run; leave it out"),
+        ("--run=x --repo=a/b --groups=4", "--groups, --repo: not used with --run"),
+        ("--run=x --weights=y", "--weights: not used with --run"),
+        ("--to_torch --weights=x --revision=y", "--revision: not used with --to_torch"),
+        ("--to_torch --weights=x --layout=diffusers", "x does not exist"),
+        ("--lpips_vgg=x --lpips_heads=y --no-ema", "--no-ema: not used with --lpips_heads, --lp"),
+        ("--inception=x --ema", "--ema: not used with --inception"),
+        ("--var=x --revision=y", "give --repo as well"),
+    ],
+)
+def test_flags_of_another_job_are_refused(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, tmp_path, *flags.split())
 
 
 def test_downloads(base, tmp_path, capsys, monkeypatch):

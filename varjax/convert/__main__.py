@@ -38,27 +38,17 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    files = {flag: getattr(flags, flag) for flag in kinds() if getattr(flags, flag) is not None}
-    lpips = flags.lpips_vgg is not None or flags.lpips_heads is not None
-    inception = flags.inception is not None
-    if [bool(files), flags.run is not None, flags.to_torch, lpips, inception].count(True) != 1:
-        official = ", ".join(f"--{flag}" for flag in kinds())
-        raise InputError(
-            f"give files ({official}), or --run, or --to_torch, or --lpips_vgg, or --inception"
-        )
-    if flags.to_torch != (flags.weights is not None):
-        raise InputError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
+    _check_flags(flags)
     if flags.to_torch:
-        convert_to_torch(flags.weights, flags.out, flags.ema, flags.layout)
-    elif flags.run:
+        convert_to_torch(flags.weights, flags.out, flags.ema, flags.layout or "official")
+    elif flags.run is not None:
         convert_run(flags.run, flags.out, flags.ema)
-    elif inception:
+    elif flags.inception is not None:
         convert_inception(flags.out, flags.inception)
-    elif lpips:
-        if not (flags.lpips_vgg and flags.lpips_heads):
-            raise InputError("--lpips_vgg and --lpips_heads belong together: LPIPS needs both")
+    elif flags.lpips_vgg is not None:
         convert_lpips(flags.out, flags.lpips_vgg, flags.lpips_heads)
     else:
+        files = {flag: file for flag in kinds() if (file := getattr(flags, flag)) is not None}
         if flags.repo:
             files = {
                 flag: download(flags.repo, file, flags.revision) for flag, file in files.items()
@@ -66,6 +56,33 @@ def _run(flags: argparse.Namespace) -> None:
         for part, config in convert(flags.out, _options(flags), flags.ema, **files).items():
             print(f"{part}: {config}")
     print(f"{flags.out} is written")
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    """Raises InputError unless the flags choose one job, and all of them are used in it."""
+    given = {name for name, value in vars(flags).items() if value is not None} - {"out", "debug"}
+    jobs = (  # the flags that choose a job, and those that it also takes
+        ({*kinds()}, {"repo", "revision", "ema", *_option_flags()}),
+        ({"run"}, {"ema"}),
+        ({"to_torch"}, {"weights", "layout", "ema"}),
+        ({"lpips_vgg", "lpips_heads"}, set()),
+        ({"inception"}, set()),
+    )
+    chosen = [(needed & given, needed | others) for needed, others in jobs if needed & given]
+    if len(chosen) != 1:
+        official = ", ".join(f"--{flag}" for flag in kinds())
+        raise InputError(
+            f"give files ({official}), or --run, or --to_torch, or --lpips_vgg, or --inception"
+        )
+    ((job, allowed),) = chosen
+    if unused := sorted(given - allowed):
+        names = ", ".join(f"--{'no-' * (getattr(flags, name) is False)}{name}" for name in unused)
+        raise InputError(f"{names}: not used with --{', --'.join(sorted(job))}; leave it out")
+    for first, second in (("to_torch", "weights"), ("lpips_vgg", "lpips_heads")):
+        if (first in given) != (second in given):
+            raise InputError(f"--{first} and --{second} belong together; give both")
+    if "revision" in given and "repo" not in given:
+        raise InputError("--revision is that of a repository; give --repo as well")
 
 
 def _option_flags() -> dict[str, Mapping[str, Any]]:
@@ -100,11 +117,11 @@ def _parser() -> argparse.ArgumentParser:
             number = about["parse"] if about["parse"] in (int, float) else str
             add(f"--{name}", type=number, help=about["help"])
     add("--run", help="training run (also RUN@STEP, RUN@best) to write as weights")
-    add("--to_torch", action="store_true", help="write --weights as files for the official code")
+    about = "write --weights as files for the official code"
+    add("--to_torch", action="store_true", default=None, help=about)
     add(
         "--layout",
         choices=get_args(Layout),
-        default="official",
         help="whose tensor names a KL tokenizer's file gets (official)",
     )
     add("--weights", help="converted weights, training run, or published model: var_d16 …")

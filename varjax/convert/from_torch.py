@@ -1,6 +1,7 @@
 """Converts official PyTorch weights into a directory of weights."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import sys
@@ -66,7 +67,8 @@ def convert(
 
     Raises:
         InputError: lists every damaged or unsuitable file, every tensor that does not fit its
-            model, or the reason why the models do not fit each other.
+            model, the options that none of these models has, or the reason why the models do not
+            fit each other.
     """
     options = {name: x for name, x in (options or {}).items() if x is not None}
     for kind, names, known in (("part", files, kinds()), ("option", options, option_fields())):
@@ -80,6 +82,10 @@ def convert(
     out = as_path(out)
     locations = {flag: as_path(file) for flag, file in files.items() if file is not None}
     sources = _read_sources(locations, ema)
+    used = {field.name for x in sources.values() for field in dataclasses.fields(x.kind.options)}
+    if unused := [name for name in options if name not in used]:
+        models = " or ".join(source.kind.description for source in sources.values())
+        raise InputError(f"{', '.join(unused)}: no option of {models}; leave it out")
     check_weights_dir(out, converted_files(sources))
     sidecars = _read_sidecars(sources, locations, options)
     for part, source in sources.items():
