@@ -137,7 +137,7 @@ def test_both_models_return_together_and_settings_are_named(tmp_path, capsys):
     convert_to_torch(there, tmp_path / "torch")
     text = capsys.readouterr().err
     assert "note: tokenizer: change the official code before it loads these files: groups 4" in text
-    assert "groups 4 instead of 32, latent_shift 0.5 instead of 0.0\n" in text
+    assert "groups 4 instead of 32, latent_shift 0.5 instead of 0.0, width 8 instead of" in text
     assert "note: mar: change the official code before it loads these files: order raster" in text
     parts = ("tokenizer", tokenizer), ("mar", mar)
     back = brought_back(tmp_path / "torch", tmp_path / "back", *parts)
@@ -167,6 +167,19 @@ def test_what_the_official_vqvae_fixes_is_named():
     assert found(channel_mult=(1, 2)) == ["channel_mult (1, 2) instead of (1, 1, 2, 2, 4)"]
     assert found(phi_ratio=0.25) == ["phi_ratio 0.25 instead of 0.5 (its argument quant_resi)"]
     assert found(scales=(1, (2, 4))) == ["maps that are not square (2x4)"]
+
+
+def test_what_mar_s_code_fixes_is_named_for_its_tokenizer_alone():
+    def found(**changes):
+        return name_map_of(KLConfig()).official_differences(KLConfig(**changes))
+
+    assert found() == [] and found(channel_mult=(1, 2), latent_channels=4) == []
+    sizes = {"width": 64, "blocks": 1, "image_channels": 1, "feature_channels": 4}
+    sizes |= {"latent_channels": 8}
+    names = ("width 64", "blocks 1", "image_channels 1", "features 4 instead of 8")
+    for text, name in zip(found(**sizes), names, strict=True):
+        assert text.startswith(name)
+    assert found(**sizes, encoder_attention=()) == []  # settings of latent diffusion's code
 
 
 def test_classifiers_return_and_those_without_official_code_are_refused(tmp_path):

@@ -46,6 +46,7 @@ KL16 = PublishedFile(
     sha256="34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f",
 )
 KL16_SCALE = 0.2325  # of the released KL-16, in MAR's code
+KL16_SIZES = ("width", "blocks", "image_channels")  # that MAR's code fixes
 SCALE_FACTOR = "scale_factor"  # a tensor of latent diffusion models that measured their scale
 SD, SDXL, FLUX = (0.18215, 0.0), (0.13025, 0.0), (0.3611, 0.1159)
 # SHA-256 of published files that do not hold their scale -> (scale, shift). The digests are those
@@ -156,7 +157,11 @@ def kl_official_constants(config: KLConfig) -> dict[str, np.ndarray]:
 def kl_differences(config: KLConfig) -> list[str]:
     """Lists the settings that differ from the official code of latent diffusion and MAR."""
     names = ("groups", "quant_convs", "latent_shift")
-    return field_differences(config, {name: getattr(KLConfig, name) for name in names})
+    official = {name: getattr(KLConfig, name) for name in names}
+    if is_kl16(config):  # MAR's code fixes these, and has one number for latents and features
+        official |= {name: getattr(KLConfig, name) for name in KL16_SIZES}
+        official["features"] = config.latent_channels
+    return field_differences(config, official)
 
 
 def is_kl16(config: KLConfig) -> bool:
