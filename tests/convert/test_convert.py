@@ -18,6 +18,7 @@ from tests.helpers import golden_cases as golden
 from tests.helpers.checkpoint_files import write_trainer
 from tests.helpers.conversion import assert_official_files, refused
 from varjax import trees
+from varjax.convert import __main__ as command
 from varjax.convert import apply_map, convert, weights_dir
 from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind
@@ -309,3 +310,21 @@ def test_downloads(base, tmp_path, capsys, monkeypatch):
     with contextlib.redirect_stdout(None):
         assert main([*flags, f"--out={tmp_path / 'out'}"]) == 0
     assert asked[1] == ("FoundationVision/var", "var.pth", "abc")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--var=var.pth"], "contains notes.txt, which would be lost"),
+        (["--var=var.pth", "--scales=1,b"], "scales=1,b: give side lengths"),
+        (["--tokenizer=vae.pth", "--kl=kl.ckpt"], "--tokenizer and --kl both give the tokenizer"),
+        (["--var=var.pth", "--mar=mar.pth"], "are both models of latents"),
+    ],
+)
+def test_nothing_is_downloaded_for_a_request_that_is_refused(
+    flags, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(command, "download", None)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["--repo=FoundationVision/var", *flags, f"--out={tmp_path}"]) == 1
+    assert message in capsys.readouterr().err

@@ -20,10 +20,12 @@ from varjax.convert import (
     convert_inception,
     convert_lpips,
 )
+from varjax.convert.from_torch import check_request
 from varjax.convert.name_maps import kinds, option_fields
 from varjax.convert.pretrained import download
 from varjax.errors import InputError
 from varjax.runtime.commands import command_parser, run_command
+from varjax.storage.buckets import as_path
 from varjax.weight_files import Layout, convert_run, convert_to_torch
 
 
@@ -49,11 +51,13 @@ def _run(flags: argparse.Namespace) -> None:
         convert_lpips(flags.out, flags.lpips_vgg, flags.lpips_heads)
     else:
         files = {flag: file for flag in kinds() if (file := getattr(flags, flag)) is not None}
+        options = _options(flags)
         if flags.repo:
+            check_request(as_path(flags.out), files)  # before gigabytes are downloaded
             files = {
                 flag: download(flags.repo, file, flags.revision) for flag, file in files.items()
             }
-        for part, config in convert(flags.out, _options(flags), flags.ema, **files).items():
+        for part, config in convert(flags.out, options, flags.ema, **files).items():
             print(f"{part}: {config}")
     print(f"{flags.out} is written")
 

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from varjax.convert.apply_map import is_weight, lazy_leaves
@@ -81,6 +81,7 @@ def convert(
         changed["ema"] = ema
     out = as_path(out)
     locations = {flag: as_path(file) for flag, file in files.items() if file is not None}
+    check_request(out, locations)
     sources = _read_sources(locations, ema)
     used = {field.name for x in sources.values() for field in dataclasses.fields(x.kind.options)}
     if unused := [name for name in options if name not in used]:
@@ -127,6 +128,29 @@ def convert(
         sampling = release.sampling or sampling
     write_converted(out, models, digests, sampling, about)
     return configs
+
+
+def check_request(out: pathlib.Path, flags: Collection[str]) -> None:
+    """Checks what can be checked before any file is read or downloaded.
+
+    Args:
+        out: directory to write; see `convert`.
+        flags: flags that give the official files.
+
+    Raises:
+        InputError: these models do not belong together, or `out` has other files.
+    """
+    if not flags:
+        raise InputError("nothing to convert; give a tokenizer, a transformer or both")
+    parts = [kinds()[flag].part for flag in flags]
+    if duplicates := [flag for flag in flags if parts.count(kinds()[flag].part) > 1]:
+        names = " and ".join(f"--{flag}" for flag in duplicates)
+        raise InputError(f"{names} both give the {kinds()[duplicates[0]].part}; omit one of them")
+    if len(models := [flag for flag in flags if kinds()[flag].reads]) > 1:
+        names = " and ".join(f"--{flag}" for flag in models)
+        raise InputError(f"{names} are both models of latents; a directory has room for only one")
+    # A checkpoint of a trainer may turn out to hold the tokenizer as well.
+    check_weights_dir(out, converted_files([*parts, "tokenizer"]))
 
 
 def published_name(
@@ -208,15 +232,7 @@ def _read_sidecars(
 
 def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[str, Source]:
     """Reads the source of each part; a model's file may also contain its tokenizer."""
-    if not files:
-        raise InputError("nothing to convert; give a tokenizer, a transformer or both")
     parts = [kinds()[flag].part for flag in files]
-    if duplicates := [flag for flag in files if parts.count(kinds()[flag].part) > 1]:
-        flags = " and ".join(f"--{flag}" for flag in duplicates)
-        raise InputError(f"{flags} both give the {kinds()[duplicates[0]].part}; omit one of them")
-    if len(models := [flag for flag in files if kinds()[flag].reads]) > 1:
-        flags = " and ".join(f"--{flag}" for flag in models)
-        raise InputError(f"{flags} are both models of latents; a directory has room for only one")
     sources: dict[str, Source] = {}
     problems, averaged = Problems(), False
     # In the order of `infer_configs`, so that problems of the model's file are listed first.
