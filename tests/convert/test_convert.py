@@ -319,6 +319,8 @@ def test_downloads(base, tmp_path, capsys, monkeypatch):
         (["--var=var.pth", "--scales=1,b"], "scales=1,b: give side lengths"),
         (["--tokenizer=vae.pth", "--kl=kl.ckpt"], "--tokenizer and --kl both give the tokenizer"),
         (["--var=var.pth", "--mar=mar.pth"], "are both models of latents"),
+        (["--var=var.pth", "--resnet=resnet.pth"], "--resnet needs a directory for itself"),
+        (["--resnet=resnet.pth", "--kl=kl.ckpt"], "--resnet needs a directory for itself"),
     ],
 )
 def test_nothing_is_downloaded_for_a_request_that_is_refused(

@@ -149,6 +149,11 @@ def check_request(out: pathlib.Path, flags: Collection[str]) -> None:
     if len(models := [flag for flag in flags if kinds()[flag].reads]) > 1:
         names = " and ".join(f"--{flag}" for flag in models)
         raise InputError(f"{names} are both models of latents; a directory has room for only one")
+    others = [flag for flag in flags if kinds()[flag].part != "tokenizer" and flag not in models]
+    if others and len(flags) > 1:  # a classifier
+        raise InputError(
+            f"--{others[0]} needs a directory for itself; convert the other files separately"
+        )
     # A checkpoint of a trainer may turn out to hold the tokenizer as well.
     check_weights_dir(out, converted_files([*parts, "tokenizer"]))
 
