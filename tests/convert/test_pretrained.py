@@ -22,9 +22,12 @@ from varjax.checkpoints.weights import open_weights
 from varjax.cli import train
 from varjax.convert import convert, pretrained, resolve_weights
 from varjax.convert.apply_map import official_buffers
-from varjax.convert.name_maps import RELEASES
+from varjax.convert.from_torch import published_name
+from varjax.convert.name_maps import RELEASES, kinds
+from varjax.convert.name_maps.name_map import Source
 from varjax.convert.name_maps.release import PublishedFile, Release
 from varjax.convert.pth.write import write_pth
+from varjax.convert.weights_dir import sha256_of
 from varjax.data.sources import Digits
 from varjax.errors import InputError
 from varjax.evaluation.published import released_sizes
@@ -320,6 +323,19 @@ def test_published_options_and_license_go_into_the_directory_and_its_exports(
     damage(hub.folder / file.name)
     with pytest.raises(InputError, match="recorded in .*downloads/others/cca/main/CCA"):
         pretrained.download("others/cca", file.name)
+
+
+def test_a_published_file_is_recognized_next_to_another_of_its_name(tmp_path, monkeypatch):
+    paths = {"tokenizer": tmp_path / "vae/model.pth", "var": tmp_path / "d16/model.pth"}
+    for flag, path in paths.items():
+        path.parent.mkdir()
+        path.write_text(flag)
+    digests = sha256_of(paths.values())
+    file = PublishedFile("model.pth", REPO, COMMIT, sha256=digests[str(paths["var"])])
+    monkeypatch.setitem(RELEASES, "tiny", Release({"var": file}, "MIT"))
+    sources = {flag: Source(path, kinds()[flag], {}) for flag, path in paths.items()}
+    assert published_name(sources, {"var": None}, digests) == "tiny"
+    assert published_name(sources, {"var": None}, digests | {str(paths["var"]): "0"}) is None
 
 
 def test_mar_is_fetched_at_the_commit_that_holds_the_official_files(hub, tmp_path):

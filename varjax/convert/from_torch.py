@@ -166,7 +166,7 @@ def published_name(
     Args:
         sources: source of each part. The transformer's file decides, without one the tokenizer's.
         configs: config of each part.
-        digests: SHA-256 of the files by name.
+        digests: SHA-256 of the files, as `sha256_of` gives them.
 
     Returns:
         The name in RELEASES, or None.
@@ -179,7 +179,9 @@ def published_name(
             continue
         # A file that is on no hub may have the name that every trainer gives to its checkpoints.
         named = file.sha256 is None and file.repo is not None and file.basename == path.name
-        if digests.get(path.name, "") == file.sha256 or named:
+        # By path where another file has the same name.
+        digest = digests.get(path.name, digests.get(str(path), ""))
+        if digest == file.sha256 or named:
             if release.config is None or kind.same_sizes(release.config, configs[part]):
                 return name
     return None
