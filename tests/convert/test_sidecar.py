@@ -155,6 +155,11 @@ def test_both_models_return_together_and_settings_are_named(tmp_path, capsys):
     std = float(drawn(tokenizer)["latent_std"])
     options = dict(groups=4, mar_heads=(2, 2), latent_channels=3, latent_scale=1 / std)
     assert_same(back, brought_back(tmp_path / "torch", tmp_path / "again", *parts, **options))
+    # A side is a pair of equal numbers, and the official scale is a choice like any other.
+    flags = [f"--kl={tmp_path / 'torch/tokenizer.pth'}", "--image_size=8x8"]
+    assert main([*flags, f"--out={tmp_path / 'square'}"]) == 0
+    with pytest.raises(InputError, match="has other settings than --latent_scale"):
+        convert(tmp_path / "x", {"latent_scale": 0.2325}, kl=tmp_path / "torch/tokenizer.pth")
 
 
 def test_what_the_official_vqvae_fixes_is_named():
@@ -224,8 +229,13 @@ def test_a_json_that_does_not_belong_is_refused(tmp_path, capsys):
     assert "groups=3" in reason(config=good["config"] | {"groups": 3})
     assert "nonsense" in reason(config=good["config"] | {"nonsense": 3})
     assert "constants are ['latent_std']; expected []" in reason(constants={"latent_std": 1.0})
-    text = reason("--groups=2")
-    assert "has other settings than --groups; omit --groups, or delete the JSON" in text
+    # Also options that equal their defaults.
+    for flags in (["--groups=2"], ["--groups=32"], ["--scales=1,2,3"]):
+        name = flags[0].partition("=")[0]
+        text = reason(*flags)
+        assert f"has other settings than {name}; omit {name}, or delete the JSON" in text
+    config = good["config"] | {"phi_ratio": 0.25}
+    assert "other settings than --phi_ratio" in reason("--phi_ratio=0.5", config=config)
     path.write_text("[]")
     assert "not a JSON object" in refused(capsys, tmp_path, flag)
     # Weights that were trained on have another SHA-256; the user says that they belong.

@@ -171,18 +171,15 @@ def _read_constants(data: Mapping[str, Any], kind: NameMap) -> dict[str, np.ndar
 
 def _check_options(sidecar: Sidecar, kind: NameMap, options: Mapping[str, Any]) -> None:
     """Raises InputError for an option that contradicts the JSON, whose settings are used."""
-    given, default = kind.own_options(options), kind.options()
-    chosen = {
-        field.name: value
-        for field in dataclasses.fields(kind.options)
-        if (value := getattr(given, field.name)) != getattr(default, field.name)
-    }
+    given = kind.own_options(options)
+    # Also an option that equals its default: the user chose it.
+    chosen = {x.name: options[x.name] for x in dataclasses.fields(given) if x.name in options}
     held = kind.option_values(sidecar.config)
     wrong = [name for name, value in chosen.items() if held.get(name, value) != value]
-    constants, usual = kind.constants(given), kind.constants(default)
-    for path, value in constants.items():
-        if value != usual[path] and not np.allclose(value, sidecar.constants[path]):
-            wrong += [name for name in chosen if name not in held]
+    if others := [name for name in chosen if name not in held]:
+        constants = kind.constants(given)
+        if any(not np.allclose(x, sidecar.constants[path]) for path, x in constants.items()):
+            wrong += others
     if wrong:
         flags = ", ".join(f"--{name}" for name in wrong)
         raise InputError(f"has other settings than {flags}; omit {flags}, or delete the JSON")

@@ -141,11 +141,11 @@ def option(
 
 
 def parse_side(text: str) -> int | tuple[int, int]:
-    """Parses "256" into 256, and "256x384" into (256, 384); raises ValueError."""
+    """Parses "256" and "256x256" into 256, and "256x384" into (256, 384); raises ValueError."""
     if "x" not in text:
         return int(text)
     h, w = map(int, text.split("x"))
-    return h, w
+    return h if h == w else (h, w)
 
 
 @dataclasses.dataclass(frozen=True)
