@@ -158,6 +158,8 @@ def test_both_models_return_together_and_settings_are_named(tmp_path, capsys):
     # A side is a pair of equal numbers, and the official scale is a choice like any other.
     flags = [f"--kl={tmp_path / 'torch/tokenizer.pth'}", "--image_size=8x8"]
     assert main([*flags, f"--out={tmp_path / 'square'}"]) == 0
+    with pytest.raises(InputError, match="latent_scale=0.0: .*above 0"):
+        convert(tmp_path / "x", {"latent_scale": 0.0}, kl=tmp_path / "torch/tokenizer.pth")
     with pytest.raises(InputError, match="has other settings than --latent_scale"):
         convert(tmp_path / "x", {"latent_scale": 0.2325}, kl=tmp_path / "torch/tokenizer.pth")
 

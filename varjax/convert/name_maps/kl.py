@@ -99,17 +99,20 @@ class KLConvertOptions:
         None, "number subtracted from the latents first (the file's, else 0)", float
     )
 
+    def __post_init__(self):
+        if (scale := self.latent_scale) is not None:
+            valid = scale > 0 and math.isfinite(scale)
+            allowed = "above 0: 1 / standard deviation of latents"
+            check_setting("latent_scale", scale, valid, allowed)
+
 
 def infer_kl(tensors: Tensors, options: KLConvertOptions) -> KLConfig:
     """Infers the config of an `AutoencoderKL`; the options supply the image size.
 
     Raises InputError for tensors that are missing or contradict each other.
     """
-    scale, sizes = options.latent_scale, infer_autoencoder(tensors)
+    sizes = infer_autoencoder(tensors)
     levels = len(sizes["channel_mult"])
-    if scale is not None:
-        valid = scale > 0 and math.isfinite(scale)
-        check_setting("latent_scale", scale, valid, "above 0: 1 / standard deviation of latents")
     features, latent_channels = _features(tensors), _latent_channels(tensors)
     return KLConfig(
         image_size=options.image_size or KLConfig.image_size,
