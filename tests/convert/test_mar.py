@@ -207,6 +207,10 @@ def test_averaged_weights_are_preferred(files, tmp_path, capsys):
     np.testing.assert_array_equal(class_embed(tmp_path / "plain.pth"), averaged)
     text = refused(capsys, tmp_path, f"--mar={none}", "--ema")
     assert f"{none} has no EMA weights (model_ema, ema)" in text
+    only = write_official_trainer(tmp_path / "only.pth", official(), model=None)
+    np.testing.assert_array_equal(class_embed(only), averaged)
+    text = refused(capsys, tmp_path, f"--mar={only}", "--no-ema")
+    assert f"{only}: ema=False, but it has only EMA weights (model_ema)" in text
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -106,7 +106,7 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
         "model", or "trainer" (as in CCA's fine-tuning of VAR).
 
     Raises:
-        InputError: the checkpoint has no weights, or other objects among them.
+        InputError: the checkpoint has no such weights, or other objects among them.
     """
     if not isinstance(checkpoint, dict):
         raise InputError(f"the checkpoint is a {type(checkpoint).__name__}, not a dict of weights")
@@ -128,6 +128,8 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
     for key in WRAPPERS:
         if isinstance(checkpoint.get(key), dict):
             return {"": _clean(checkpoint[key])}
+    if averaged := averaged_key(checkpoint):
+        raise InputError(f"ema=False, but it has only EMA weights ({averaged}); leave ema out")
     return {"": _clean(checkpoint)}
 
 
