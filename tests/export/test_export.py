@@ -254,10 +254,11 @@ def test_latents_have_no_vocabulary():
 def test_names_of_classes_are_understood_as_varjax_does():
     names = "crane", "Dog", "crane", "cat", "Cat"
     own = object.__new__(exported_model.ExportedModel)
-    own.about = {"class_names": names, "classes": 5}
-    labels = [" 2", "Dog", "dog ", "Cat", "cat", 5]
-    np.testing.assert_array_equal(own._numbers(labels), [2, 1, 1, 4, 3, 5])
-    assert ClassNames(names).numbers(labels) == [2, 1, 1, 4, 3, 5]
+    synsets = "n0", "n1", "n2", "n3", "n4"
+    own.about = {"class_names": names, "synsets": synsets, "classes": 5}
+    labels = [" 2", "Dog", "dog ", "Cat", "cat", 5, "n4"]
+    np.testing.assert_array_equal(own._numbers(labels), [2, 1, 1, 4, 3, 5, 4])
+    assert ClassNames(names, synsets).numbers(labels) == [2, 1, 1, 4, 3, 5, 4]
     for label in ("crane", "CAT"):  # several classes
         with pytest.raises(ValueError, match=f"'{label}'"):
             own._numbers([label])

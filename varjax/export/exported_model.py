@@ -97,12 +97,13 @@ class ExportedModel:
 
     def _numbers(self, labels):
         names, classes = self.about["class_names"], self.about["classes"]
-        exact, folded = unique(names), unique([name.casefold() for name in names])
+        exact = unique(self.about.get("synsets", ())) | unique(names)
+        folded = unique([name.casefold() for name in names])
         labels = [labels] if np.isscalar(labels) else labels
         texts = [str(label).strip() for label in labels]
         texts = [str(exact.get(x, folded.get(x.casefold(), x))) for x in texts]
         known = texts and all(x.isdecimal() and int(x) <= classes for x in texts)
-        allowed = f"0 … {classes}, and names in model.json that one class has"
+        allowed = f"0 … {classes}, and names and synsets in model.json that one class has"
         check(known, f"labels {texts}: allowed are {allowed}")
         return np.array([int(x) for x in texts])
 
