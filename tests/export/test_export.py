@@ -158,9 +158,12 @@ def test_run_py_needs_jax_numpy_and_safetensors_alone(exported, tmp_path):
         ("--count=0", "count=0: must be 1 or more"),
         ("--out=x.npz", "out=x.npz: must end in .png"),
         ("--out=none/x.png", "out=none/x.png: the folder does not exist"),
+        ("--out=folder.png", "out=folder.png: is a folder"),
     ],
 )
-def test_run_py_refuses_before_it_draws(flag, message, monkeypatch, capsys):
+def test_run_py_refuses_before_it_draws(flag, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     model = types.SimpleNamespace(about={"options": {}})  # which has no `sample`
     fake = types.SimpleNamespace(ExportedModel=lambda: model)
     monkeypatch.setitem(sys.modules, "exported_model", fake)

@@ -35,6 +35,8 @@ def main():
             raise ValueError(f"out={out}: must end in .png; exported_model.py returns arrays")
         if not pathlib.Path(out).absolute().parent.is_dir():
             raise ValueError(f"out={out}: the folder does not exist; create it, or change --out")
+        if pathlib.Path(out).is_dir():
+            raise ValueError(f"out={out}: is a folder; give the name of a new file")
         images_NHWC = model.sample([x for x in labels.split(",") for _ in range(count)], **flags)
         columns = count if count > 1 else len(images_NHWC)
         pathlib.Path(out).write_bytes(grid_png(images_NHWC, columns))
