@@ -2,6 +2,7 @@ import errno
 import fcntl
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_a_folder_is_gone_on_with_for_the_same_request_only(tmp_path):
         folders.claim_folder(out, "other.json", request)
     with pytest.raises(InputError, match="request.json is a file; choose another folder"):
         folders.claim_folder(out / "request.json", "request.json", request)
+
+
+def test_differences_within_a_setting_are_listed_by_name_and_long_values_are_cut():
+    old = {"samples": {"labels": "1," * 500, "options": {"top_k": 1, "top_p": 0.5}}, "seed": 0}
+    new = {"samples": {"labels": "2," * 500, "options": {"top_k": 2, "top_p": 0.5}}, "seed": 0}
+    with pytest.raises(InputError) as caught:
+        folders.check_same_request("x", old, new)
+    _, labels, top_k, _ = str(caught.value).splitlines()
+    assert re.fullmatch("  samples.labels: 1,1,.* … there, 2,2,.* … requested", labels)
+    assert len(labels) < 400
+    assert top_k == "  samples.options.top_k: 1 there, 2 requested"
 
 
 def test_a_record_of_an_older_version_lacks_the_model_s_config_and_is_continued():

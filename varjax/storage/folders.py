@@ -31,6 +31,7 @@ MAX_VISITS = 64
 LOCK_FILE = ".lock"
 # Recorded by this version, but not by older ones, whose outputs are continued all the same.
 LATER_NAMES = frozenset({"model_config"})
+SHOWN_LENGTH = 150  # characters of a value in a message
 LISTING_SECONDS = 5.0  # until a network disk lists files of another machine
 
 
@@ -206,17 +207,31 @@ def check_same_request(
     """
     requested = json.loads(json.dumps(requested))  # without tuples, like `existing` from a file
     requested = _without_later_names(requested, existing)
-    lines = [
-        f"{name}: {existing.get(name)} there, {requested.get(name)} requested"
-        for name in dict.fromkeys((*existing, *requested))
-        if existing.get(name) != requested.get(name)
-    ]
-    if lines:
+    if lines := _differences(existing, requested):
         raise InputError(
             f"{path} was made with other settings, or from files that have since changed:\n  "
-            + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
+            + "\n  ".join(lines)
             + "\nUse the same settings to continue it, delete it, or choose another output"
         )
+
+
+def _differences(
+    existing: Mapping[str, Any], requested: Mapping[str, Any], above: str = ""
+) -> list[str]:
+    """Returns a line for each value that differs, at any depth, named like "samples.seed"."""
+    lines = []
+    for name in dict.fromkeys((*existing, *requested)):
+        there, wanted = existing.get(name), requested.get(name)
+        if isinstance(there, dict) and isinstance(wanted, dict):
+            lines += _differences(there, wanted, f"{above}{name}.")
+        elif there != wanted:
+            lines.append(f"{above}{name}: {_short(there)} there, {_short(wanted)} requested")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]} …"
 
 
 def _without_later_names(
