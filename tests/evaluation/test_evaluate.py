@@ -182,6 +182,79 @@ def test_a_sweep_measures_every_point_once(tmp_path, capsys):
     assert (tmp_path / "sweep.guidance=1,top_k=1.json").stat().st_mtime_ns == written
 
 
+@pytest.fixture
+def sweep(monkeypatch):
+    """Returns a function that sweeps options of a fake model, and the model."""
+    model = FakeSampler()
+    monkeypatch.setattr(command, "load", lambda *_, **__: model)
+    digits_npz("real.npz", order=slice(9))
+
+    def run_sweep(*arguments, reference="real.npz"):
+        flags = ["--weights=fake", "--count=1", "--batch_size=10", "--features=pixels"]
+        flags += [f"--reference={reference}", "--cache=cache", "--out=a.json"]
+        return run(*flags, "--sweep", *arguments)
+
+    return run_sweep, model
+
+
+def test_a_sweep_continues_with_more_values(sweep, tmp_path):
+    run_sweep, model = sweep
+    assert run_sweep("guidance=2,3") == 0 and model.calls == 2
+    first = (tmp_path / "a.png").read_bytes()
+    for _ in range(2):
+        assert run_sweep("guidance=1,2,3,4") == 0 and model.calls == 4
+    points = files.read_json("a.json")["points"]
+    assert [point["options"]["guidance"] for point in points] == [1, 2, 3, 4]
+    assert (tmp_path / "a.png").read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["top_k=1,2"], "points that would be lost: guidance=2; guidance=3. Sweep"),
+        (["guidance=2,2.5"], "points that would be lost: guidance=3. Sweep"),
+        (["guidance=2,3", "seed=0"], "points that would be lost: guidance=2; guidance=3. Sweep"),
+        (["guidance=1,2,3", "--seed=5"], "samples.seed: 0 there, 5 requested"),
+        (["guidance=1,2,3", "--top_k=7"], "samples.top_k: 900 there, 7 requested"),
+    ],
+)
+def test_another_sweep_is_refused_before_sampling(sweep, capsys, tmp_path, arguments, message):
+    run_sweep, model = sweep
+    assert run_sweep("guidance=2,3") == 0
+    written = {path.name: path.read_bytes() for path in tmp_path.glob("a.*")}
+    assert run_sweep(*arguments) == 1
+    assert message in capsys.readouterr().err and model.calls == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("a.*")} == written
+
+
+def test_a_sweep_of_other_weights_or_references_is_refused_too(sweep, capsys, monkeypatch):
+    run_sweep, model = sweep
+    assert run_sweep("guidance=2,3") == 0
+    digits_npz("other.npz", order=slice(9, 18))
+    assert run_sweep("guidance=1,2,3", reference="other.npz") == 1
+    assert "a.guidance=2.json was made with other settings" in capsys.readouterr().err
+    monkeypatch.setattr(FakeSampler, "identity", lambda self: {"weights": "other"})
+    assert run_sweep("guidance=1,2,3") == 1
+    assert "samples.weights: fake there, other requested" in capsys.readouterr().err
+    os.remove("a.guidance=3.json")  # without it, nothing tells what the point was
+    os.remove("a.guidance=2.json")
+    assert run_sweep("guidance=1,2,3") == 1
+    assert "the report of a point, a.guidance=2.json, is missing" in capsys.readouterr().err
+    assert model.calls == 2
+
+
+def test_a_sweep_replaces_no_other_picture(sweep, capsys, tmp_path):
+    run_sweep, model = sweep
+    (tmp_path / "a.png").write_bytes(b"mine")
+    assert run_sweep("guidance=2,3") == 1
+    assert "a.png exists, and the picture of this sweep would replace" in capsys.readouterr().err
+    assert model.calls == 0 and (tmp_path / "a.png").read_bytes() == b"mine"
+    for content in ("{}", '{"points": 3}', '{"points": [{"options": 1}]}'):
+        (tmp_path / "a.json").write_text(content)
+        assert run_sweep("guidance=2,3") == 1
+        assert "a.json exists and is not a sweep" in capsys.readouterr().err
+
+
 def test_a_network_with_all_features_gives_every_metric(tmp_path, monkeypatch):
     def apply(params, image_BHWC):
         x_BC = image_BHWC.reshape(len(image_BHWC), -1).astype("float32") / 255

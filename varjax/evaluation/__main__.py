@@ -43,6 +43,7 @@ from varjax.evaluation.references import EvaluationSettings, check_reference, is
 from varjax.evaluation.sweep import (
     SweepPoint,
     check_sweep_output,
+    options_text,
     point_path,
     split_sweep,
     sweep_table,
@@ -148,23 +149,37 @@ def evaluate(arguments: list[str]) -> None:
         if first:
             print_report(report)
         return
-    check_sweep_output(out)
-    load_pyplot()  # the picture comes last, after all samples
     # The options of all points are checked before the first one is drawn.
     chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(sweep, options)]
     check_guide_is_used(flags.guide, [options for _, options in chosen])
-    points = []
+    groups = []
     for (option_values, options), seed in itertools.product(chosen, seeds or [flags.seed]):
         # The points of a group differ in their acceptances, and share what is drawn.
         shared = option_values | ({"seed": seed} if seeds else {})
         group = [shared | {"accept": accept} for accept in accepts] or [shared]
+        groups.append((group, options, seed))
+    points = [point for group, *_ in groups for point in group]
+
+    def begun_points() -> list[str]:
+        check_sweep_output(out, points)
+        return [options_text(point) for point in points if point_path(out, point).exists()]
+
+    begun = on_first_process(begun_points)
+    load_pyplot()  # the picture comes last, after all samples
+    # Existing reports come first, so that those of other samples or of another reference are
+    # refused before anything is drawn.
+    groups.sort(key=lambda group: not any(options_text(point) in begun for point in group[0]))
+    reports = {}
+    for group, options, seed in groups:
         for point in group:
             print(", ".join(f"{name}={value}" for name, value in point.items()), file=sys.stderr)
-        reports = reports_at([point_path(out, point) for point in group], options, seed)
-        points += [SweepPoint(*pair) for pair in zip(group, reports, strict=True)]
+        names = map(options_text, group)
+        outs = [point_path(out, point) for point in group]
+        reports |= zip(names, reports_at(outs, options, seed), strict=True)
+    measured = [SweepPoint(point, reports[options_text(point)]) for point in points]
     if first:
-        picture = write_sweep(points, out)
-        print(f"\n{sweep_table(points)}\n\nthe curve: {picture}\nall points: {out}")
+        picture = write_sweep(measured, out)
+        print(f"\n{sweep_table(measured)}\n\nthe curve: {picture}\nall points: {out}")
 
 
 def _parser() -> argparse.ArgumentParser:

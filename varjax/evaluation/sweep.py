@@ -16,6 +16,7 @@ from varjax.sampling.rejection import check_acceptance
 from varjax.storage import files
 
 PRINTED = ("fid", "inception_score", "label_accuracy", "precision", "recall")
+SHOWN_POINTS = 4  # in a message
 LONGEST_NAME = 150  # characters of a point in a file's name, of which most disks take 255 bytes
 T = TypeVar("T")
 
@@ -65,29 +66,71 @@ def split_sweep(texts: Sequence[str]) -> tuple[list[float], list[int], list[str]
     return accepts, seeds, texts
 
 
+def options_text(options: Mapping[str, Any]) -> str:
+    """Formats options as the names of reports have them: "guidance=1.5,seed=0"."""
+    return ",".join(f"{key}={option_text(value)}" for key, value in options.items())
+
+
+def picture_path(out: pathlib.Path) -> pathlib.Path:
+    """Returns the path of the picture of a sweep: "sweep.json" -> "sweep.png"."""
+    return out.with_suffix(".png")
+
+
 def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
     """Returns the path of the report of a point: "report.json" -> "report.guidance=1.5.json".
 
     A long name, of lists with a value for each step, ends in its hash instead.
     """
-    name = ",".join(f"{key}={option_text(value)}" for key, value in options.items())
+    name = options_text(options)
     if len(name) > LONGEST_NAME:
         digest = hashlib.sha256(name.encode()).hexdigest()[:16]
         name = f"{name[: LONGEST_NAME - len(digest) - 1]}-{digest}"
     return out.with_name(f"{out.stem}.{name}{out.suffix}")
 
 
-def check_sweep_output(out: pathlib.Path) -> None:
-    """Raises InputError if `out` exists and does not hold the points of a sweep."""
-    if out.exists():
-        try:
-            sweep = "points" in files.read_json(out)
-        except StorageError:
-            raise
-        except InputError:
-            sweep = False
-        if not sweep:
-            raise InputError(f"{out} exists and is not a sweep; delete it or choose another out")
+def check_sweep_output(out: pathlib.Path, points: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that a sweep of these points would replace no other sweep and no other picture.
+
+    A sweep with more points may replace one with fewer. The points that both have are compared by
+    their reports, before anything is drawn for the others.
+
+    Args:
+        out: path of the sweep, next to which the picture and the reports are written.
+        points: values of the swept options by name, for each point.
+
+    Raises:
+        InputError: `out` is not a sweep, has other points, or lacks their reports; or `out` does
+            not exist, but a picture of its name does.
+    """
+    picture = picture_path(out)
+    if not out.exists():
+        if picture.exists():
+            raise InputError(
+                f"{picture} exists, and the picture of this sweep would replace it; delete it or "
+                "choose another out"
+            )
+        return
+    try:
+        existing = [dict(point["options"]) for point in files.read_json(out)["points"]]
+    except StorageError:
+        raise
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{out} exists and is not a sweep; delete it or choose another out"
+        ) from error
+    names = {options_text(point) for point in points}
+    if lost := [name for name in map(options_text, existing) if name not in names]:
+        raise InputError(
+            f"{out} is a sweep with points that would be lost: {'; '.join(lost[:SHOWN_POINTS])}"
+            f"{' …' * (len(lost) > SHOWN_POINTS)}. Sweep their values too, delete it, or choose "
+            "another out"
+        )
+    for point in existing:
+        if not (report := point_path(out, point)).exists():
+            raise InputError(
+                f"{out} is a sweep, but the report of a point, {report}, is missing, so the sweeps "
+                "cannot be compared; delete it or choose another out"
+            )
 
 
 def join_seeds(points: Sequence[SweepPoint]) -> list[SweepPoint]:
@@ -171,7 +214,7 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
     axes.grid(alpha=0.3)
     if others:
         axes.legend()
-    picture = out.with_suffix(".png")
+    picture = picture_path(out)
     with files.atomic_path(picture) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     pyplot.close(figure)

@@ -90,6 +90,6 @@ def parse_sweep_value(name: str, hint: Any, text: str) -> Any:
 
 def option_text(value: Any) -> str:
     """Formats an option's value as `parse_sweep` reads it: "2.5", "1:2:3"."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):  # a list if it was read from JSON
         return ":".join(map(option_text, value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
