@@ -1,5 +1,6 @@
 """`varjax evaluate --accept`, and sweeps of the acceptance, which draw once for all points."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -65,6 +66,15 @@ def test_a_sweep_of_acceptances_draws_once_what_each_of_them_draws_alone(model, 
     means = [x["mean_probability"] for x in kept]
     assert means == sorted(means) and means[0] == kept[0]["mean_probability_of_candidates"]
     assert not list(tmp_path.glob(".*parts"))
+
+
+def test_a_lower_acceptance_is_added_with_the_batch_size_of_the_others(model):
+    model.devices = tuple(jax.devices()[:1])
+    for accepts in ("1,0.9", "1,0.9,0.5"):  # of 30 and of 40 candidates
+        sweep = ["--batch_size=auto", "--sweep", f"accept={accepts}", "--out=sweep.json"]
+        assert run(*sweep) == 0
+        last = files.read_json(f"sweep.accept={accepts[-3:]}.json")
+        assert last["request"]["samples"]["batch_size"] == 30
 
 
 def test_it_measures_the_images_that_the_sample_command_writes(model):

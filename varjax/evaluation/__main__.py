@@ -135,10 +135,11 @@ def evaluate(arguments: list[str]) -> None:
                 out: dataclasses.replace(job, accept=accept, classifier=classifier.identity)
                 for out, accept in zip(outs, accepts or [flags.accept], strict=True)
             }
-        out, largest = min(jobs.items(), key=lambda item: item[1].accept)
-        images = len(largest.label_M)
+        images = max(len(job.label_M) for job in jobs.values())
+        # Reports that share what is drawn share its batch size, so any of them tells it.
+        begun = map(begun_batch_size_of_report, outs)
         size = choose_batch_size(
-            flags.batch_size, model, options, images, lambda: begun_batch_size_of_report(out)
+            flags.batch_size, model, options, images, lambda: next(filter(None, begun), None)
         )
         jobs = {out: dataclasses.replace(job, batch_size=size) for out, job in jobs.items()}
         return evaluate_model(settings, model, flags.weights, jobs, classifier)
