@@ -13,6 +13,7 @@ from tests.evaluation.test_train_classifier import write_untrained
 from tests.helpers import runs, tiny
 from varjax.data.sources import Digits
 from varjax.errors import InputError
+from varjax.metrics import references
 from varjax.metrics.features import FeatureExtractor, classifier_network, pixel_network
 from varjax.metrics.fid import Moments, frechet_distance
 from varjax.tokenizers.vq.task import VQTask
@@ -28,10 +29,10 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
 
 
-def evaluator(config=FID, batch_size=16, task=None):
-    task = task or tiny.Tiny()
+def evaluator(config=FID, batch_size=16, task=None, data=None):
+    task, data = task or tiny.Tiny(), data or Digits()
     mesh, run_dir = make_mesh(MeshShape()), pathlib.Path("run")
-    evaluator = FIDEvaluator(config, task, Digits(), {}, mesh, batch_size, run_dir, False)
+    evaluator = FIDEvaluator(config, task, data, {}, mesh, batch_size, run_dir, False)
     evaluator.read_reference()
     return evaluator
 
@@ -63,6 +64,22 @@ def test_batches_change_nothing_and_another_seed_does():
     assert first["eval/fid"] == pytest.approx(other["eval/fid"], rel=1e-6)
     again = evaluator(dataclasses.replace(FID, seed=1)).metrics(state())
     assert again["eval/fid"] != pytest.approx(first["eval/fid"], rel=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inverted(Digits):
+    """Other images under the same names."""
+
+    def source(self, split):
+        source = super().source(split)
+        return dataclasses.replace(source, images_NHWC=255 - source.images_NHWC)
+
+
+def test_held_out_images_that_change_under_the_same_names_are_measured_again(monkeypatch):
+    before = evaluator().metrics(state())
+    assert evaluator(data=Inverted()).metrics(state()) != before
+    monkeypatch.setattr(references, "extract_features", None)  # nothing is computed again
+    assert evaluator().metrics(state()) == before
 
 
 def test_a_classifier_also_checks_the_classes_of_what_is_drawn(tmp_path):

@@ -160,6 +160,8 @@ class FIDEvaluator:
     def read_reference(self) -> None:
         """Reads the reference, or computes its statistics, which takes time; needed by `metrics`.
 
+        Held-out images are read once in any case, to see whether they have changed.
+
         Raises InputError for a reference that does not exist, or belongs to other features.
         """
 
@@ -167,10 +169,7 @@ class FIDEvaluator:
             extract, config = FeatureExtractor(self._network), self._config
             if config.reference == HELD_OUT:
                 images = DatasetImages(self._data, HELD_OUT)
-                # What identifies them in data.json, and what is done to them.
-                about = f"held-out images of {self._data.describe()[HELD_OUT]}, {images.shape[1:]}"
-                about += f", crop {getattr(self._data, 'crop', None)}"
-                self._reference = reference_of_images(images, about, extract, self._cache)
+                self._reference = reference_of_images(images, images.digest, extract, self._cache)
             else:
                 self._reference = read_reference(
                     config.reference, extract, default_cache(), self._sizes
