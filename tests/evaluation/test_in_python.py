@@ -96,6 +96,12 @@ def test_features_of_two_networks_are_not_compared(real):
         varjax.fid(other, real)
 
 
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: varjax.Features(x, features="pixels")])
+def test_pixels_of_two_sizes_are_not_compared(given):
+    with pytest.raises(InputError, match=r"of \(4, 2, 1\), the reference of \(4, 4, 1\)"):
+        varjax.fid(SAMPLES[:, :, :2], given(REAL), features="pixels")
+
+
 def test_inception_needs_its_weights():
     with pytest.raises(InputError, match="inception is missing"):
         varjax.fid(SAMPLES, REAL)

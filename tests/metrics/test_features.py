@@ -271,8 +271,10 @@ def test_statistics_in_a_file_are_taken_as_they_are(tmp_path):
     with pytest.raises(InputError, match="has mu but no sigma"):
         references.read_reference(tmp_path / "half.npz", extract, tmp_path, sizes)
     np.savez(tmp_path / "small.npz", arr_0=IMAGES_NHWC[:, :6])
-    with pytest.raises(InputError, match="use images of the samples' size"):
-        references.read_reference(tmp_path / "small.npz", extract, tmp_path, sizes)
+    np.savez(tmp_path / "small_with_statistics.npz", arr_0=IMAGES_NHWC[:, :6], **arrays)
+    for name in ("small.npz", "small_with_statistics.npz"):
+        with pytest.raises(InputError, match="use images of the samples' size"):
+            references.read_reference(tmp_path / name, extract, tmp_path, sizes)
 
 
 @pytest.mark.parametrize("name", ["mu", "sigma"])

@@ -161,8 +161,6 @@ def _both(
             )
     if not isinstance(samples, Features):
         samples = Features(samples, extract=extract)
-    if isinstance(reference, Features):
-        return samples, reference_of_features(reference.arrays)
     if isinstance(reference, str | os.PathLike):
         settings = EvaluationSettings(
             extract,
@@ -172,7 +170,15 @@ def _both(
             choose_crop(crop or AUTO, None),
         )
         return samples, reference_of(settings, samples.image_shape)
-    return samples, reference_of_features(Features(reference, extract=extract).arrays)
+    if not isinstance(reference, Features):
+        reference = Features(reference, extract=extract)
+    sizes = [{name: x.shape[1] for name, x in f.arrays.items()} for f in (samples, reference)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"samples have images of {samples.image_shape}, the reference of "
+            f"{reference.image_shape}, whose features differ in number; give images of one size"
+        )
+    return samples, reference_of_features(reference.arrays)
 
 
 @functools.lru_cache(maxsize=4)  # an extractor compiles its network once

@@ -84,16 +84,24 @@ def read_reference(
         if statistics := _read_statistics(path, archive, sizes):
             digest, pool_MD = file_digest(path), None
             if "arr_0" in archive.names:
-                images = open_image_set(path)
+                images = _open_images(path, extract, sizes)
                 pool_MD = reference_of_images(images, digest, extract, cache).pool_MD
             return Reference(digest, statistics, pool_MD, None)
+    images = _open_images(path, extract, sizes)
+    return reference_of_images(images, images.digest, extract, cache)
+
+
+def _open_images(
+    path: pathlib.Path, extract: FeatureExtractor, sizes: Mapping[str, int]
+) -> ImageSet:
+    """Opens the images of a reference; raises InputError if their features have other sizes."""
     images = open_image_set(path)
     if feature_sizes(extract.network, images.shape[1:]) != sizes:
         raise InputError(
             f"{path} has images of {images.shape[1:]}, whose features differ from those of the "
             "samples; use images of the samples' size"
         )
-    return reference_of_images(images, images.digest, extract, cache)
+    return images
 
 
 def reference_of_features(features: FeatureArrays) -> Reference:
