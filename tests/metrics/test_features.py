@@ -163,6 +163,7 @@ def test_transparent_images_have_the_pixels_that_they_have_in_a_dataset(tmp_path
 def test_what_holds_no_images_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
+    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(IMAGES_NHWC))
     np.savez(tmp_path / "other.npz", images=IMAGES_NHWC)
     (tmp_path / "text.npz").write_text("no zip")
     np.savez(tmp_path / "short.npz", arr_0=IMAGES_NHWC)
@@ -175,6 +176,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
         ("absent", "does not exist"),
         ("empty", "contains no images"),
         ("floats.npz", "float64 of shape"),
+        ("fortran.npz", "arr_0 is in Fortran order"),
         ("other.npz", "arr_0 is missing; it has images"),
         ("text.npz", "cannot be read as an .npz"),
         ("short.npz", "cannot be read as an .npz"),

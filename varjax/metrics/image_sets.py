@@ -98,6 +98,7 @@ class NpzImages:
                 f"arr_0 of {path} is {dtype} of shape {shape}; images are uint8, "
                 "(N, height, width, 1 or 3)"
             )
+        next(self._archive.rows("arr_0", []), None)  # refuses Fortran order at once
         self.shape: tuple[int, ...] = shape
         self.label_N: np.ndarray | None = None
         for key in LABEL_KEYS:
