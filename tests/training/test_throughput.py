@@ -40,6 +40,7 @@ def test_rates_are_over_the_time_that_was_not_paused(monkeypatch):
         ("TPU v5p", 459),
         ("TPU v6 lite", 918),
         ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100X", 312),
         ("NVIDIA A10G", 70),
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
@@ -54,6 +55,11 @@ def test_rates_are_over_the_time_that_was_not_paused(monkeypatch):
 )
 def test_known_devices_have_their_published_peak(kind, tflops):
     assert hardware.published_peak_flops(kind) == tflops * 1e12
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU"])
+def test_a_device_is_not_taken_for_a_faster_one_of_a_similar_name(kind):
+    assert hardware.published_peak_flops(kind) is None
 
 
 @pytest.mark.slow
