@@ -82,7 +82,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     # covariances are singular, unlike a general matrix square root.
     root_trace = np.linalg.svd(a.root_DD @ b.root_DD, compute_uv=False).sum()
     trace = np.trace(a.covariance_DD) + np.trace(b.covariance_DD)
-    return float(np.sum(np.square(a.mean_D - b.mean_D)) + trace - 2 * root_trace)
+    distance = np.sum(np.square(a.mean_D - b.mean_D)) + trace - 2 * root_trace
+    return max(float(distance), 0.0)  # rounding errors make that of equal sets negative
 
 
 def inception_score(logits_NV: np.ndarray, split: int = SCORE_SPLIT) -> tuple[float, float]:
