@@ -67,6 +67,14 @@ def test_kid_is_its_definition():
     assert kid == pytest.approx(expected, rel=1e-12) and std < 1e-15
 
 
+def test_the_inception_score_of_classes_that_no_image_shows():
+    """Their probabilities underflow to 0, and add nothing."""
+    logits_NV = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    more_NV = np.append(logits_NV, [[-800.0], [-900.0], [-800.0]], axis=1)
+    assert fid.inception_score(more_NV) == pytest.approx(fid.inception_score(logits_NV))
+    assert fid.inception_score(more_NV)[0] > 1
+
+
 def test_equal_sets():
     moments = Moments.of(REFERENCE)
     assert 0 <= frechet_distance(moments, moments) < 1e-6

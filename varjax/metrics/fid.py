@@ -17,6 +17,7 @@ SUM_BLOCK = 500  # rows in a sum
 DISTANCE_BLOCK = 2000  # rows and columns of a block of distances
 NEIGHBORS = 3  # k of precision and recall
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
+TINY = float(np.finfo(np.float64).tiny)
 SCORE_SPLIT = 5000  # images of a split of the Inception Score
 
 
@@ -102,7 +103,8 @@ def inception_score(logits_NV: np.ndarray, split: int = SCORE_SPLIT) -> tuple[fl
         log_nV = logits_nV - logits_nV.max(axis=1, keepdims=True)
         log_nV -= np.log(np.exp(log_nV).sum(axis=1, keepdims=True))
         p_nV = np.exp(log_nV)
-        kl_n = np.sum(p_nV * (log_nV - np.log(p_nV.mean(axis=0))), axis=1)
+        mean_V = np.maximum(p_nV.mean(axis=0), TINY)  # 0 where all underflow, so that 0 · ∞ is NaN
+        kl_n = np.sum(p_nV * (log_nV - np.log(mean_V)), axis=1)
         scores.append(np.exp(kl_n.mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
