@@ -56,6 +56,12 @@ def test_one_class_is_in_any_order(label_N):
     assert not report.labels_look_ordered(np.array(label_N))
 
 
+@pytest.mark.parametrize("count", [50, 5_000])
+def test_equal_samples_are_in_any_order(count):
+    row_V = np.random.default_rng(0).dirichlet(np.ones(10)).astype(np.float32)
+    assert not report.looks_ordered(np.tile(row_V, (count, 1)))
+
+
 def test_labels_may_all_differ():
     number_N = np.arange(100_000)  # of which a matrix with a column each has 40 GB
     assert not report.labels_look_ordered(number_N)

@@ -23,6 +23,7 @@ PUBLISHED_IMAGES = 50_000
 NAMED_CLASSES = 5  # of the classes without samples
 MAX_CLASSES = 100_000  # larger labels in a file from elsewhere are not class numbers
 ORDERED = 6.0  # standard deviations of similarity between neighbors that mean an ordered set
+ROUNDING = 1e-12  # a smaller norm of the covariance is a rounding error of equal samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,7 @@ def looks_ordered(p_NV: np.ndarray) -> bool:
     """
     if len(p_NV) < 2:
         return False
-    p_NV = p_NV - p_NV.mean(axis=0)
+    p_NV = p_NV - p_NV.mean(axis=0, dtype=np.float64)
     similarity = float(np.einsum("NV,NV->", p_NV[1:], p_NV[:-1], dtype=np.float64))
     covariance_VV = p_NV.T @ p_NV / len(p_NV)
     return _beyond_chance(similarity, float(np.linalg.norm(covariance_VV)), len(p_NV))
@@ -224,7 +225,7 @@ def _beyond_chance(similarity: float, norm: float, count: int) -> bool:
     In a random order, the terms are products of two independent rows with mean 0. Their variance is
     tr(C²), where C is the covariance of a row and `norm` is its Frobenius norm.
     """
-    return similarity > ORDERED * norm * (count - 1) ** 0.5
+    return norm > ROUNDING and similarity > ORDERED * norm * (count - 1) ** 0.5
 
 
 def _notices(features: FeatureArrays, label_N: np.ndarray | None, classes: int | None) -> list[str]:
