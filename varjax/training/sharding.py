@@ -42,8 +42,9 @@ class MeshShape:
 
     Attributes:
         data: number of copies of the model; each gets an equal part of the batch.
-        fsdp: number of parts of each array, and of the batch. 0 for as many as have fast
-            connections: the GPUs of a machine or the devices of a TPU slice, at most 64 (HSDP).
+        fsdp: number of parts of each array, and of the batch. 0 for those with fast connections,
+            the GPUs of a machine or the devices of a TPU slice (HSDP): the largest power of two
+            that divides their number, at most 64.
         tensor: number of parts of the layers' width, all with the same part of the batch.
     """
 
