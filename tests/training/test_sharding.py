@@ -85,6 +85,13 @@ def test_a_mesh_that_divides_next_to_nothing_is_told():
     )
 
 
+def test_a_mesh_of_tensor_alone_is_told_what_splits_the_rest():
+    params = jax.eval_shape(VARConfig.preset("d16").init, jax.random.key(0))
+    note = sharding.replicated_parameters_note(params, mesh(tensor=2))
+    assert "a larger mesh.fsdp" in note and "divisors" not in note  # 2 divides the width
+    assert sharding.replicated_parameters_note(params, mesh(fsdp=2)) == ""
+
+
 def test_a_mesh_takes_all_devices_and_refuses_what_does_not_fit():
     assert make_mesh(MeshShape()).size == jax.device_count()
     with pytest.raises(ValueError, match=f"asks for 7 .*{jax.device_count()}; choose a smaller"):

@@ -139,13 +139,16 @@ def replicated_parameters_note(tree: Any, mesh: Mesh) -> str:
     leaves, specs = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh))
     pairs = zip(leaves, specs, strict=True)
     fraction = sum(x.size for x, s in pairs if s.is_fully_replicated) / sum(x.size for x in leaves)
-    sizes = f"mesh.fsdp={mesh.shape['fsdp']} and mesh.tensor={mesh.shape['tensor']}"
     if fraction < MAX_REPLICATED_FRACTION:
         return ""
-    return (
-        f"{fraction:.0%} of the parameters are replicated on every device, because {sizes} do not "
-        "divide them; divisors of the model's width would save memory"
-    )
+    replicated = f"{fraction:.0%} of the parameters are replicated on every device, because"
+    if mesh.shape["fsdp"] == 1:
+        return (
+            f"{replicated} mesh.tensor splits only attention and MLP, where it divides them; a "
+            "larger mesh.fsdp would split the others too"
+        )
+    sizes = f"mesh.fsdp={mesh.shape['fsdp']} and mesh.tensor={mesh.shape['tensor']}"
+    return f"{replicated} {sizes} do not divide them; divisors of the width would save memory"
 
 
 def bytes_on_device(tree: Any, placement: Any) -> int:
