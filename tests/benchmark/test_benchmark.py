@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import types
 
 import jax
@@ -181,6 +182,15 @@ def test_wrong_commands_are_refused(capsys):
     assert "sample|model|train|operations|parity|report|table|evaluate|" in capsys.readouterr().err
     assert benchmark.main(["sample", "--batch_size=0"]) == 1
     assert "1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag", ["fsdp=-1", "tensor=0", "batch_size=-8", "accumulate=0", "devices=0", "devices=8,-1"]
+)
+def test_partitioning_refuses_numbers_that_are_too_small(capsys, flag):
+    assert benchmark.main(["partitioning", "--sizes_only", f"--{flag}"]) == 1
+    name = flag.partition("=")[0]
+    assert re.search(f"{name}=.*: must be [01] or more", capsys.readouterr().err)
 
 
 def test_settings_of_mar_are_refused_for_var(capsys):

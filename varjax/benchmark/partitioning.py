@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from varjax.benchmark.collectives import count_traffic
 from varjax.benchmark.measure import print_figures, tpu_devices
+from varjax.config.numbers import whole_number
 from varjax.models import benchmark_of
 from varjax.nn.compute import ComputeConfig, Remat
 from varjax.runtime.commands import command_parser
@@ -56,6 +57,10 @@ def main(arguments: list[str]) -> None:
         help="compile nothing; print only the sizes of stored arrays",
     )
     flags = parser.parse_args(arguments)
+    for name, low in (("fsdp", 0), ("tensor", 1), ("batch_size", 0), ("accumulate", 1)):
+        whole_number(name, getattr(flags, name), low)
+    for count in flags.devices:
+        whole_number("devices", count, 1)
     benchmark = benchmark_of(flags.preset)
     counts = [] if flags.topology else flags.devices
     jax.config.update("jax_platforms", "cpu")
@@ -74,8 +79,9 @@ def main(arguments: list[str]) -> None:
             accumulate=flags.accumulate,
         )
         devices = jax.devices()[:target] if isinstance(target, int) else tpu_devices(target)
+        left = len(devices) // flags.tensor or 1
         shape = sharding.MeshShape(
-            fsdp=flags.fsdp or math.gcd(len(devices) // flags.tensor, task.model.width),
+            fsdp=flags.fsdp or math.gcd(left, task.model.width),
             tensor=flags.tensor,
         )
         mesh = sharding.make_mesh(shape, devices)
