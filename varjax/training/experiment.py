@@ -186,7 +186,8 @@ class Experiment:
     def due(self, step: int, steps: int) -> Due:
         """Returns what is due once `step` updates of the run's `steps` are done.
 
-        At the end of the run metrics are due, and FID if it is measured at all.
+        After the last one, metrics are due, and FID if it is measured at all. Patience may end the
+        run earlier, at an evaluation that is due without FID.
         """
 
         def every(interval: int) -> bool:

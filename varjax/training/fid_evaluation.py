@@ -46,7 +46,8 @@ class FIDConfig:
     """Configures the FID of samples that are drawn during training.
 
     Attributes:
-        every: steps between two evaluations; 0 for never. The run's last step is evaluated, too.
+        every: steps between two evaluations; 0 for never. The last of the run's steps is evaluated,
+            too, but not an earlier one at which patience ends the run.
         images: number of samples, as many of each class, give or take one. Published values use
             50,000; fewer samples give a larger FID.
         reference: what samples are compared with: an .npz of statistics (ADM's) or of images, a
