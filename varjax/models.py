@@ -282,23 +282,23 @@ def load(
         model = varjax.load("runs/digits")
         images_BHWC = model.sample([3, 1, 4], seed=0)
 
-    Programs that take long to compile are kept on the disk, as by commands, so the next process
-    starts sooner; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
+    Programs that take long to compile are cached on disk, so the next process starts sooner;
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
 
     Args:
-        location: training run, directory written by `varjax convert`, or name of a
-            published model, "var_d16", which is downloaded and converted at its first use; or a
-            directory that is open. A run's best weights are loaded if it kept them; RUN@STEP and
-            RUN@best name a checkpoint.
+        location: training run, directory written by `varjax convert`, or name of a published model,
+            "var_d16", which is downloaded and converted on first use; or a directory that is open.
+            A run's best weights are loaded if it kept them; RUN@STEP and RUN@best name a
+            checkpoint.
         dtype: dtype of the transformer's matmuls and of the decoder; "auto" is
             float32 on a CPU, else bfloat16.
         devices: devices that share each batch; None for all of this process.
-        compute: replaces `dtype`, to set more than that.
-        guide: location of a weaker model of the same tokenizer and classes, for autoguidance; None
-            to guide by "no class".
+        compute: replaces `dtype`, to set more options.
+        guide: location of a weaker model with the same tokenizer and classes, for autoguidance;
+            None to guide by "no class".
         refiner: location of a smaller VAR that draws the fine scales; see
             `VARPipeline.with_refiner`.
-        draft_scales: number of scales before those of the refiner; None for 8. Refused without a
+        draft_scales: number of scales drawn before the refiner's; None for 8. Refused without a
             refiner.
         ema: True loads a run's EMA weights, False the others; None loads the EMA weights if there
             are any, unless the others were the best by `keep_best` ("eval/…").

@@ -59,7 +59,7 @@ def train_experiment(experiment: Any, profile: str = "") -> dict[str, float]:
         experiment = varjax.load_config("digits_tokenizer")
         metrics = varjax.train(dataclasses.replace(experiment, steps=100))
 
-    Like `varjax train`, it downloads published models, and keeps compiled programs on the disk.
+    Like `varjax train`, it downloads published models and caches compiled programs on disk.
 
     Args:
         experiment: settings of the run; see `varjax.training.experiment.Experiment`.

@@ -39,11 +39,11 @@ class Features:
         inception: directory of Inception's weights, written by `varjax convert --inception=FILE`.
         features: kind of features, as `--features` of `varjax evaluate`: "inception"; "pixels" for
             tiny images; or the directory of a classifier.
-        extract: extractor to use in place of these; None to make one.
+        extract: extractor to use instead; None to make one.
 
     Attributes:
         arrays: features by name: "pool_ND", and with Inception "spatial_ND" and "logits_NV".
-        label_N: classes of the images, if an .npz or the names of files have them, else None.
+        label_N: classes of the images, if an .npz or file names contain them, else None.
         extract: extractor that computed them.
         image_shape: (H, W, channels) of an image.
 
@@ -80,7 +80,7 @@ def fid(
 
         varjax.fid(images_NHWC, "VIRTUAL_imagenet256_labeled.npz", inception="weights/inception")
 
-    Images are rounded to 8 bits first, as files hold them. The number is that of `varjax evaluate`
+    Images are first rounded to 8 bits, as in files. The result equals that of `varjax evaluate`
     with the same crop.
 
     Args:
@@ -116,7 +116,7 @@ def evaluate_samples(
         print(measured)  # a table
         measured.metrics["recall"]
 
-    The Inception Score is that of images in random order; shuffle those that are sorted by class.
+    The Inception Score assumes images in random order; shuffle images that are sorted by class.
 
     Args:
         samples: images as `Features` takes them, or `Features`.

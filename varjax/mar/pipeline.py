@@ -225,10 +225,10 @@ class MARPipeline:
 
             model = varjax.load("runs/large").with_guide("runs/small")
 
-        Both predict the same tokens (Karras et al. 2024, arXiv 2406.02507). `guidance` then is the
+        Both predict the same tokens (Karras et al. 2024, arXiv 2406.02507). `guidance` is then the
         weight of this model: 1 turns the guide off.
 
-        Raises InputError for a guide of other classes, tokens, or weights of the tokenizer.
+        Raises InputError for a guide with other classes, tokens or tokenizer weights.
         """
         weak: MARPipeline = checked_companion("guide", self, guide, _guide_sizes)
         model = MARPipeline(
@@ -380,7 +380,7 @@ class MARPipeline:
             labels: (B,) classes, by number or name; `classes` means "no class".
             seed: random seed; each seed gives different images.
             guidance: maximum guidance scale, or one for each step: a list, or a function of the
-                step's index, which is called at once; 1 turns guidance off.
+                step's index, which is called immediately; 1 turns guidance off.
             guidance_schedule: "linear", growing from 1 with the fraction of known tokens,
                 "constant", or "power_cosine:P".
             steps: number of steps that draw the tokens.
@@ -393,7 +393,7 @@ class MARPipeline:
             guidance_timestep_to: end of this range of timesteps, excluded.
             choose: rule that chooses tokens instead, with the arguments of the head's `draw`:
                 (networks, z, noise, settings) -> tokens; pure. None for a draw. A new function
-                object compiles again, so define it once.
+                object causes recompilation, so define it once.
             index: (B,) numbers of the images; None for 0 … B-1.
             every_step: whether to return the images after each step, as in an animation; tokens
                 that are not drawn yet are gray. Or a function of a step's number and images, which

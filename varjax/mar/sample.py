@@ -56,20 +56,21 @@ class MAROptions:
     turned on or off at some step, or a list takes the place of a number.
 
     Attributes:
-        guidance: maximum scale s of classifier-free guidance, u + s·(c - u), or a list of one for
-            each step; 1 turns it off.
+        guidance: maximum scale s of classifier-free guidance, u + s·(c - u), or a list with one per
+            step; 1 turns it off.
         guidance_schedule: how guidance depends on the step: "linear" grows from 1 to s with the
             fraction of known tokens, "constant" is s, and "power_cosine:P" is RAR's; see
             `varjax.sampling.guidance.schedule_fractions`. A list replaces it.
         steps: number of steps that draw the tokens, by a cosine schedule; ignored by a causal
             model, which takes one step per token.
         temperature: factor on the noise of each diffusion step, or of a categorical head's choice;
-            one number, or a list of one for each step.
+            one number, or a list with one per step.
         diffusion_steps: denoising steps of a token, or FIRST:LAST or FIRST:LAST:SCHEDULE for a
             number that falls over the steps (DiSA, arXiv 2505.20297); SCHEDULE is "linear" (the
             default), "cosine" or "two_stage".
-        clip_denoised: largest |x_0| that a denoising step may aim at, in standard deviations of the
-            latents; 0 for no limit, as with the official weights (docs/mar.md says when it helps).
+        clip_denoised: largest |x_0| that a denoising step may predict, in standard deviations of
+            the latents; 0 for no limit, as with the official weights (docs/mar.md says when it
+            helps).
         guidance_from: first step with guidance, counted from 0.
         guidance_to: end of the half-open range of steps with guidance; 0 for no end.
         guidance_timestep_from: smallest timestep of the diffusion, 0 … 999, with guidance (limited
@@ -130,7 +131,7 @@ class MAROptions:
             steps: number of sampling steps if it is not the field `steps`.
 
         Raises:
-            InputError: a value out of range, or a list that has not one number for each step.
+            InputError: a value out of range, or a list without one number per step.
         """
         own_steps = whole_number("steps", self.steps, 1, allowed="a whole number, 1 or more")
         first = whole_number("guidance_timestep_from", self.guidance_timestep_from, 0)

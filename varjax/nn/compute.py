@@ -31,7 +31,7 @@ TENSOR_AXIS = "tensor"  # the one that shards heads
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """Describes the dtype and the execution of a model: how, not what it computes.
+    """Configures the dtype and execution of a model: how it computes, not what.
 
         model = varjax.load("runs/digits", compute=varjax.ComputeConfig(dtype="bfloat16"))
 
@@ -40,20 +40,20 @@ class ComputeConfig:
             "auto" is bfloat16 on an accelerator and float32 on a CPU. Softmax, norms, logits,
             parameters in training, and MAR's residual streams are always float32.
         attention_impl: implementation of attention. "xla" runs anywhere; "grouped" is "xla", but
-            with a key-value cache it takes as many images at a time as keep their logits in a TPU's
-            fast memory; "cudnn" is the fused kernel, for 64 queries or more (NVIDIA, bfloat16);
-            "splash" is JAX's fused kernel for TPUs, in training in bfloat16 (never measured, so
-            "auto" does not choose it; docs/benchmarks.md has estimates); "loop" loops over images
-            and heads, which suits a CPU. "auto" is "loop" on a CPU with
-            one device (a loop over images cannot be spread over several); "cudnn" on NVIDIA (Ampere
-            or later) in bfloat16; "grouped" on TPUs with a key-value cache; and "xla" elsewhere.
-        remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
-            products ("dots"). "dots" is faster than "none" even for large models, because a scan
-            over layers copies what it keeps.
+            with a key-value cache it processes images in groups whose logits fit into a TPU's fast
+            memory; "cudnn" is the fused kernel, for 64 queries or more (NVIDIA, bfloat16); "splash"
+            is JAX's fused kernel for TPUs, in training in bfloat16 (never measured, so "auto" does
+            not choose it; docs/benchmarks.md has estimates); "loop" loops over images and heads,
+            which suits a CPU. "auto" is "loop" on a CPU with one device (a loop over images cannot
+            be spread over several); "cudnn" on NVIDIA (Ampere or later) in bfloat16; "grouped" on
+            TPUs with a key-value cache; and "xla" elsewhere.
+        remat: what the backward pass recomputes: "none", all of a "block", or all but matmuls
+            ("dots"). "dots" is faster than "none" even for large models, because a scan over layers
+            copies what it stores.
         unroll: whether to unroll the layers instead of scanning them. Unrolling is slower to
             compile, but avoids the copies that a scan makes for the backward pass
             (docs/benchmarks.md), and makes tiny models faster.
-        encoder_precision: precision of the products in a frozen tokenizer's encoder, whose numbers
+        encoder_precision: precision of the matmuls in a frozen tokenizer's encoder, whose numbers
             are float32; see `float32_convolution`. "auto" is "bfloat16_3x" on TPUs, "tf32_3x" on
             GPUs, and "highest" on a CPU. Pipelines, caches and `varjax evaluate-tokenizer` always
             use "highest".

@@ -82,9 +82,9 @@ def save(
             for an animation.
         path: FILE.png (a grid), FILE.gif or FILE.webp (an animation), FILE.npz ("arr_0", for
             evaluators, in the order given), or a new folder (a PNG for each image).
-        labels: (N,) classes as `sample` takes them, which an .npz and the names of a folder's files
-            hold; None for none. With a class name or a mix of classes, an .npz has text "mixes" in
-            place of "labels".
+        labels: (N,) classes as for `sample`, stored in an .npz or in a folder's file names; None
+            for none. With a class name or a mix of classes, an .npz has text "mixes" in place of
+            "labels".
         columns: images in a row; None for a grid that is as square as possible.
 
     Raises:

@@ -143,7 +143,7 @@ class KnownTokens:
 
 
 def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:
-    """Derives a key for each image from the seed and its number, not its batch position: (B,).
+    """Derives a key (B,) per image from the seed and the image's number, not its batch position.
 
         key_B = varjax.image_keys(0, jnp.arange(4))  # those of model.sample(labels, seed=0)
 

@@ -60,8 +60,9 @@ class VARPipeline:
         tokens_BL = model.encode(images_BHWC)
 
     Images in are uint8 or float in [0, 1], (B, H, W, channels); images out are float32 in [0, 1].
-    Each method compiles once per shape: not for a new seed, label or top-k, and for guidance once
-    without and once with it. Every device holds all parameters, and the devices share each batch.
+    Each method compiles once per shape, separately with and without guidance; a new seed, label or
+    top-k causes no recompilation. Every device holds all parameters, and the devices share each
+    batch.
 
     Attributes:
         guide: config of the weaker model that guides this one; None if "no class" does.
@@ -70,8 +71,8 @@ class VARPipeline:
         params: {"tokenizer": …, "var": …}, and "guide" and "refiner" if there are any, on the host.
             The devices hold kernels in `compute.dtype`.
         sampling: default options of `sample` and `edit`.
-        compute: dtype and execution. Images always become tokens in float32, because other
-            formats flip some.
+        compute: dtype and execution. Images always become tokens in float32, because other dtypes
+            change some.
         devices: devices that share each batch.
         refiner: smaller model that draws the fine scales; None if this one draws all of them.
         weights: the parameters as devices hold them.
@@ -169,10 +170,10 @@ class VARPipeline:
 
             model = varjax.load("var_d30").with_guide("var_d16")
 
-        Both predict the same tokens, each with a cache for itself (Karras et al. 2024, arXiv
-        2406.02507). `guidance` then is the weight of this model: 1 turns the guide off.
+        Both predict the same tokens, each with its own cache (Karras et al. 2024, arXiv
+        2406.02507). `guidance` is then the weight of this model: 1 turns the guide off.
 
-        Raises InputError for a guide of other classes, scales, or weights of the tokenizer.
+        Raises InputError for a guide with other classes, scales or tokenizer weights.
         """
         weak: VARPipeline = checked_companion("guide", self, guide, _scales)
         return self._with({"guide": weak.params["var"]}, guide=weak.var)
@@ -183,7 +184,7 @@ class VARPipeline:
             model = varjax.load("var_d30").with_refiner("var_d16", draft_scales=8)
 
         The fine scales have most of the tokens, so sampling is faster and needs less memory (Chen
-        et al. 2024, arXiv 2411.17787). `logits` and `encode` remain this model's own.
+        et al. 2024, arXiv 2411.17787). `logits` and `encode` still use this model.
 
         Args:
             refiner: model with the same scales, classes and tokenizer, or where to load it.
@@ -272,7 +273,7 @@ class VARPipeline:
         Image i depends only on seed, index[i], labels[i] and the options, never on the batch.
         Options that are None have the values of `sampling`. Guidance, top_k, top_p and temperature
         are a number, or one for each scale: a list, or a function of the scale's index, which is
-        called at once.
+        called immediately.
 
         Args:
             labels: (B,) classes, by number or name; `classes` means "no class".
@@ -286,8 +287,8 @@ class VARPipeline:
             guidance_to: end of the half-open range of scales with guidance; 0 for no end.
             temperature: temperature of the codes left by top_k and top_p; 0 is greedy.
             choose: rule that chooses tokens instead: (logits (B, l, V), scale k, keys (B,) of the
-                scale) -> tokens (B, l); pure. None for a draw. A new function object compiles
-                again, so define it once.
+                scale) -> tokens (B, l); pure. None for a draw. A new function object causes
+                recompilation, so define it once.
             index: (B,) numbers of the images; None for 0 … B-1.
             every_step: whether to return the images after each scale, as in an animation; or a
                 function of a scale's index and images, which gets those of each scale while the
@@ -401,7 +402,7 @@ class VARPipeline:
 
         Args:
             images_BHWC: one image for each of `index`, or one for all of them.
-            keep_scales: number of scales to keep, 1 … K-1; the more, the closer the results.
+            keep_scales: number of scales to keep, 1 … K-1; more give closer results.
             labels: (B,) classes; None for no class.
             seed: random seed; each seed gives different images.
             choose: rule that chooses tokens; see `sample`.
@@ -445,7 +446,7 @@ class VARPipeline:
         The images are enlarged (bicubic). Their coarse scales are kept, and the finer ones drawn.
 
         Args:
-            images_BhwC: images of any smaller size and the same shape ratio; one for each of
+            images_BhwC: images of any smaller size with the same aspect ratio; one for each of
                 `index`, or one for all of them.
             keep_scales: number of scales to keep; None for `scales_of_size`.
             labels: (B,) classes; None for no class.

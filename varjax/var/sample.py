@@ -59,18 +59,18 @@ class VAROptions:
 
         options = varjax.VAROptions(guidance=2.5, top_k=900, top_p=0.96)
 
-    Guidance, top_k, top_p and temperature are one number, or a list of one for each scale.
+    Guidance, top_k, top_p and temperature are one number, or a list with one per scale.
 
-    New numbers do not recompile. Changing these does: `smooth`, a schedule, an interval, a list in
-    place of a number, and the scale at which guidance ends.
+    New numbers do not cause recompilation. These do: `smooth`, a schedule, an interval, a list
+    instead of a number, and another scale at which guidance ends.
 
     Attributes:
         guidance: maximum scale s of classifier-free guidance, u + s·(c - u); 1 turns it off. The
             official `cfg` is s - 1.
         top_k: number of most likely codes to draw from; 0 for all, 1 is greedy.
         top_p: total probability of the most likely codes to draw from; 0 for all.
-        smooth: whether to mix codes by a Gumbel softmax instead of drawing one. It gives smoother
-            pictures, but must not be used for benchmarks (the reference's `more_smooth`).
+        smooth: whether to mix codes by a Gumbel softmax instead of drawing one (the reference's
+            `more_smooth`). Images look smoother, but do not use it for benchmarks.
         guidance_schedule: how guidance depends on the scale: "linear" grows from 1 at the first
             scale to s at the last, "constant" is s, and "power_cosine:P" is RAR's; see
             `varjax.sampling.guidance.schedule_fractions`. A list replaces it.
@@ -121,7 +121,7 @@ class VAROptions:
             scales: number of scales; None if it is not known, and then not checked.
 
         Raises:
-            InputError: a value out of range, or a list that has not one number for each scale.
+            InputError: a value out of range, or a list without one number per scale.
         """
         codes = f"a whole number, 0 (off) … {INT32_MAX}"
         fraction = "in [0, 1]; 0 turns it off"
