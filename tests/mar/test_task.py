@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import zlib
 
@@ -15,6 +16,7 @@ from tests.golden import weights
 from tests.helpers.random_params import random_params
 from tests.mar import golden
 from varjax import trees
+from varjax.config import config_tree
 from varjax.convert import apply_map
 from varjax.errors import InputError
 from varjax.mar.heads import CategoricalHead, DiffusionHead, DiffusionNoise
@@ -265,6 +267,15 @@ def test_content_keys_depend_on_each_example_alone():
 def test_invalid_settings_are_refused(change, says):
     with pytest.raises(InputError, match=says):
         dataclasses.replace(TASK, **change)
+
+
+@pytest.mark.parametrize("values", [[1, 2], np.array([1, 2]), lambda step: step + 1])
+def test_sampling_options_of_each_step_can_be_written_and_read(values):
+    options = MAROptions(guidance=values, temperature=values, steps=2)
+    sampling = dataclasses.replace(TASK, sampling=options).sampling
+    assert sampling == MAROptions(guidance=(1, 2), temperature=(1, 2), steps=2)
+    data = json.loads(json.dumps(config_tree.to_dict(sampling)))
+    assert config_tree.from_dict(MAROptions, data) == sampling
 
 
 def test_categorical_head_needs_a_single_scale():

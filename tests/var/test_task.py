@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import runs
+from varjax.config import config_tree
 from varjax.data.sources import Digits
 from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import ComputeConfig
@@ -14,12 +16,22 @@ from varjax.runtime import flops
 from varjax.tokenizers.vq.model import VQConfig, decode_features, quantize_images
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
+from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
 pytestmark = pytest.mark.slow
 
 TASK = VARTask(runs.VAR, runs.TOKENIZER, "", AdamW(schedule="constant", warmup=0.0))
 BATCH = Digits().make(8, seed=0).train_batch(0)
+
+
+@pytest.mark.parametrize("guidance", [[1, 2, 3], np.array([1, 2, 3]), lambda k: k + 1])
+def test_sampling_options_of_each_scale_can_be_written_and_read(guidance):
+    options = VAROptions(guidance=guidance, top_k=[9, 5, 1])
+    sampling = dataclasses.replace(TASK, sampling=options).sampling
+    assert sampling == VAROptions(guidance=(1, 2, 3), top_k=(9, 5, 1))
+    data = json.loads(json.dumps(config_tree.to_dict(sampling)))
+    assert config_tree.from_dict(VAROptions, data) == sampling
 
 
 @pytest.fixture(scope="module")

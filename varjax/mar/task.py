@@ -97,7 +97,8 @@ class MARTask:
 
     def __post_init__(self):
         check_latents_fit(self.tokenizer, self.model)
-        check_sampling(self.model, self.sampling)
+        # Lists and functions become tuples, which have a hash and can be written.
+        object.__setattr__(self, "sampling", check_sampling(self.model, self.sampling))
         for name in ("class_dropout", "ema_decay"):
             value = getattr(self, name)
             check_setting(name, value, 0 <= value <= 1, "in [0, 1]")
@@ -261,7 +262,7 @@ class MARTask:
         return {"samples": samples, "reconstructions": jnp.stack(rows)}
 
     def sampler(self) -> ImageSampler:
-        setup = make_setup(self.model, check_sampling(self.model, self.sampling))
+        setup = make_setup(self.model, self.sampling)
 
         def draw(params, frozen, label_B, key_B):
             tokens = sample_mar_tokens(

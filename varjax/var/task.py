@@ -101,7 +101,9 @@ class VARTask:
 
     def __post_init__(self):
         check_fit(self.tokenizer, self.model)
-        self.sampling.check(len(self.model.pyramid))
+        # Lists and functions become tuples, which have a hash and can be written.
+        sampling = self.sampling.check(len(self.model.pyramid))
+        object.__setattr__(self, "sampling", sampling)
         for name in ("class_dropout", "label_smoothing", "ema_decay"):
             value = getattr(self, name)
             check_setting(name, value, 0 <= value <= 1, "in [0, 1]")
