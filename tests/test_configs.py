@@ -1,12 +1,14 @@
 """The large recipes, as far as they can be looked at without their machines."""
 
 import argparse
+import copy
 import dataclasses
 import functools
 import itertools
 import pathlib
 import re
 import struct
+import typing
 
 import jax
 import numpy as np
@@ -586,6 +588,53 @@ def test_mar_takes_a_tokenizer_that_was_converted(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             load(f"mar.py:tokenizer={wrong}")
+
+
+def with_value(config, name, value):
+    """Copies a dataclass without its own checks."""
+    changed = copy.copy(config)
+    object.__setattr__(changed, name, value)
+    return changed
+
+
+def with_wrong_choices(config):
+    """Yields (path of a field of choices, copy of the tree with a choice that is not allowed)."""
+    hints = typing.get_type_hints(type(config))
+    for name in (field.name for field in dataclasses.fields(config)):
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            for path, changed in with_wrong_choices(value):
+                yield f"{name}.{path}", with_value(config, name, changed)
+        elif "Literal" in str(hints[name]):
+            wrong = ("Wrong",) if isinstance(value, tuple) else "Wrong"
+            yield name, with_value(config, name, wrong)
+
+
+def classes_with_choices(kind):
+    """Finds the dataclasses with a field of choices in the annotations of a dataclass."""
+    hints = typing.get_type_hints(kind).values()
+    found = {kind} if "Literal" in str([*hints]) else set()
+    for inner in {x for hint in hints for x in (hint, *typing.get_args(hint))}:
+        if dataclasses.is_dataclass(inner):
+            found |= classes_with_choices(inner)
+    return found
+
+
+def test_every_choice_of_an_experiment_is_checked():
+    """A new field of choices is tested without a change here, if a config sets its class."""
+    mar = "digits_mar.py", "digits_mar.py:codes"
+    names = "var_cca.py:d16", *mar, "tokenizer.py:256", "kl_tokenizer.py"
+    experiments = [load(name) for name in names]
+    tested = set()
+    for experiment in experiments:
+        experiment.check()
+        for path, changed in with_wrong_choices(experiment):
+            with pytest.raises(InputError, match=rf"^{path}(\[0\])? must be one of"):
+                changed.check()
+            *parts, _ = path.split(".")
+            tested.add(type(functools.reduce(getattr, parts, changed)))
+    kinds = {type(part) for e in experiments for part in (e, e.task, e.data)}
+    assert tested == set().union(*map(classes_with_choices, kinds))
 
 
 def test_a_ladder_differs_in_size_alone(tmp_path):

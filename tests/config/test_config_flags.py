@@ -14,7 +14,7 @@ from varjax.config.config_flags import (
     field_docs,
     load_config,
 )
-from varjax.errors import StorageError
+from varjax.errors import InputError, StorageError
 
 CONFIG = """
 from __future__ import annotations
@@ -61,6 +61,14 @@ def test_config_files_are_loaded_with_their_argument(tmp_path):
         load_config(f"{file}:d20")
     with pytest.raises(ValueError, match="no config file"):
         load_config(str(tmp_path / "none.py"))
+
+
+@pytest.mark.parametrize("more", [["--out=b"], ["--print_config"], ["--help"]])
+def test_values_in_a_config_file_must_fit_their_fields(tmp_path, config, more):
+    (tmp_path / "c.py").write_text(CONFIG.replace("Run(int(arg))", "Run(name=['a'])"))
+    with pytest.raises(InputError, match=r"name must be str \| none, not .'a'."):
+        read(config, *more)
+    assert read(config, "--out=b", "--config.name=a")[1].name == "a"
 
 
 @pytest.mark.parametrize("failures", [1, 100])

@@ -2,9 +2,11 @@ import dataclasses
 import json
 from typing import Literal, Protocol
 
+import numpy as np
 import pytest
 
 from varjax.config import config_tree
+from varjax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,28 @@ def test_an_interface_cannot_be_rebuilt_but_its_part_can():
 def test_wrong_types_and_unknown_fields_are_refused_by_name(data):
     with pytest.raises(ValueError, match=next(iter(data))):
         config_tree.from_dict(Leaf, data)
+
+
+@pytest.mark.parametrize(
+    ("root", "says"),
+    [
+        (Root(Leaf(mode="Fast")), "^leaf.mode must be one of .'fast', 'slow'., not 'Fast'"),
+        (Root(choice=Leaf(mode="Fast")), "^choice.mode must be one of"),
+        (Root(part=Leaf(mode="Fast")), "^part.mode must be one of"),
+        (Root(leaves=(Leaf(), Leaf(mode="Fast"))), r"^leaves\[1\].mode must be one of"),
+        (Root(Leaf(sizes=[1, 2])), r"^leaf.sizes must be tuple\[int, ...\], not \[1, 2\]"),
+        (Root(Leaf(rate="1")), "^leaf.rate must be float"),
+        (Root(choice=Root()), r"^choice must be Leaf \| Other \| none, not a Root"),
+    ],
+)
+def test_a_value_that_does_not_fit_its_annotation_is_found_anywhere_in_the_tree(root, says):
+    with pytest.raises(InputError, match=says):
+        config_tree.check_types(root)
+
+
+def test_values_that_fit_their_annotations_pass():
+    leaf = Leaf(rate=2, sizes=(), limit=4)
+    config_tree.check_types(Root(leaf, Other(7), Leaf(rate=np.float64(0.1)), (leaf, Leaf())))
 
 
 def test_a_float_accepts_an_integer_and_becomes_a_float():

@@ -143,10 +143,11 @@ def test_initial_parameters_match_reference():
         (dict(decoder_width=0), "decoder_width=0: must be 1 or more"),
         (dict(buffer_size=0), "buffer_size=0: must be 1 or more"),
         (dict(latent_map=(16, 15), head=DiffusionHead(patch=2)), "multiples of head.patch=2"),
+        (dict(order="Random"), "order must be one of .'random', 'raster'., not 'Random'"),
         (dict(head=lambda: CategoricalHead(0)), "head.vocab=0: must be 1 or more"),
     ],
 )
-def test_invalid_sizes_are_refused(change, says):
+def test_invalid_settings_are_refused(change, says):
     with pytest.raises(InputError, match=says):
         MARConfig(**{k: v() if callable(v) else v for k, v in change.items()})
 

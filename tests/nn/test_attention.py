@@ -211,6 +211,15 @@ def test_the_splash_kernel_trains_on_tpus_alone():
         ComputeConfig(attention_impl="splash").attention_implementation()
 
 
+@pytest.mark.parametrize(
+    "setting", [{"attention_impl": "flash"}, {"dtype": "float16"}, {"remat": "Block"}]
+)
+def test_other_settings_are_refused(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(InputError, match=f"^{name} must be one of .*, not '{value}'"):
+        ComputeConfig(**setting)
+
+
 def test_the_implementation_is_the_platform_s():
     assert ComputeConfig(platform="gpu", dtype="float32").attention_implementation() == "xla"
     assert ComputeConfig(platform="tpu").attention_implementation() == "xla"

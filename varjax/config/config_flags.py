@@ -71,7 +71,8 @@ def config_from_flags(
         The parsed flags, and what the config's `get_config` returned with the changes.
 
     Raises:
-        InputError: the config file does not exist, or a flag, field or value is unknown.
+        InputError: the config file does not exist, a flag or field is unknown, or a value does not
+            fit the type of its field.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("-h", "--help", action="store_true")
@@ -80,7 +81,7 @@ def config_from_flags(
     first_flags, others = first.parse_known_args(arguments)
     others, changes = split_changes(others)
     if first_flags.config and (first_flags.help or first_flags.print_config):
-        config = config_tree.override(load_config(first_flags.config), changes)
+        config = _changed_config(first_flags.config, changes)
         text = json.dumps(config_tree.to_dict(config), indent=2)
         if first_flags.help:
             text = (
@@ -96,7 +97,13 @@ def config_from_flags(
     if unknown:
         hint = did_you_mean(unknown[0].partition("=")[0], parser._option_string_actions)
         raise InputError(f"unknown arguments {unknown}; settings are --config.FIELD=VALUE{hint}")
-    return flags, config_tree.override(load_config(flags.config), changes)
+    return flags, _changed_config(flags.config, changes)
+
+
+def _changed_config(location: str, changes: list[str]) -> Any:
+    config = config_tree.override(load_config(location), changes)
+    config_tree.check_types(config)
+    return config
 
 
 def split_changes(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Converts configs, which are trees of frozen dataclasses, to JSON and back, and changes fields.
+"""Converts configs, trees of frozen dataclasses, to JSON and back, and checks and changes fields.
 
 No library does this: tyro 1.0 and draccus 0.11 cannot read a tree with fields that are annotated by
 a Protocol (`task: Task`), which keep training independent of models. tyro also requires spaces in
@@ -82,6 +82,26 @@ def override(config: T, assignments: Iterable[str]) -> T:
     return _override(config, changes)
 
 
+def check_types(config: Any, path: str = "") -> None:
+    """Checks every value in a tree of dataclasses against its annotation, as `from_dict` does.
+
+    Python itself accepts order="Random", and a list in place of a tuple.
+
+    Args:
+        config: the tree, of which fields that are annotated by a Protocol are a part.
+        path: name of the tree in messages; "" for none.
+
+    Raises:
+        InputError: a value does not fit; names its field.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        kind, value = hints[field.name], getattr(config, field.name)
+        below = f"{path}.{field.name}" if path else field.name
+        if _build(kind, value, below) != value:  # a list, which from_dict makes a tuple
+            raise InputError(f"{below} must be {_spell(kind)}, not {shown(value)}")
+
+
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """Lists the differences between two `to_dict` trees: "path: A in the run, B in the config"."""
     if not (isinstance(a, dict) and isinstance(b, dict)):
@@ -128,12 +148,19 @@ def _plain(kind: Any, value: Any) -> Any:
 
 
 def _build(kind: Any, data: Any, path: str) -> Any:
-    """Converts `data` to a value of the annotation `kind`; raises InputError if it does not fit."""
+    """Converts `data` to a value of the annotation `kind`; raises InputError if it does not fit.
+
+    Dataclasses are checked, and stay as they are.
+    """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    is_protocol = getattr(kind, "_is_protocol", False)
+    if dataclasses.is_dataclass(type(data)) and (is_protocol or type(data) is kind):
+        check_types(data, path)
+        return data
     if dataclasses.is_dataclass(kind) and isinstance(data, dict):
         return _build_dataclass(typing.cast(type, kind), data, path)
     if origin in (Union, types.UnionType):
-        label = data.get("_type") if isinstance(data, dict) else None
+        label = data.get("_type") if isinstance(data, dict) else type(data).__name__
         if label:  # the class is known, so its own error is the clearest
             inner = tuple(o for o in inner if getattr(o, "__name__", "") == label) or inner
         if len(inner) == 1:
@@ -152,7 +179,7 @@ def _build(kind: Any, data: Any, path: str) -> Any:
                 _build(k, v, f"{path}[{i}]")
                 for i, (k, v) in enumerate(zip(kinds, data, strict=True))
             )
-    elif kind is float and type(data) in (int, float):
+    elif kind is float and isinstance(data, int | float) and not isinstance(data, bool):
         if not abs(data) <= FLOAT32_MAX:  # True for NaN
             raise _OutOfBounds(
                 f"{path} must be a finite number, at most {FLOAT32_MAX:g}, not {shown(data)}"
@@ -166,7 +193,7 @@ def _build(kind: Any, data: Any, path: str) -> Any:
         return data
     elif kind in (str, bool, type(None)) and type(data) is kind or kind is Any:
         return data
-    if getattr(kind, "_is_protocol", False):
+    if is_protocol:
         raise InputError(f"{path} is annotated by a Protocol; build it as its own class")
     raise InputError(f"{path} must be {_spell(kind)}, not {shown(data)}")
 

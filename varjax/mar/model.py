@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from varjax.config import config_tree
 from varjax.errors import InputError, check_setting
 from varjax.mar.heads import DiffusionHead, Head
 from varjax.nn.attention import MAX_HEADS
@@ -32,7 +33,7 @@ Dropouts = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class MARConfig:
-    """Settings of the transformer. Raises InputError for sizes that do not fit together.
+    """Settings of the transformer. Raises InputError for values that are not allowed.
 
         config = varjax.MARConfig.preset("mar_b")  # a size of the paper
         small = varjax.MARConfig(width=64, encoder_heads=2, decoder_heads=2, latent_map=(4, 4))
@@ -72,6 +73,7 @@ class MARConfig:
     decoder_width: int | None = None
 
     def __post_init__(self):
+        config_tree.check_types(self)
         heads = "encoder_heads", "decoder_heads"
         for name in ("width", "encoder_depth", "decoder_depth", *heads, "classes", "buffer_size"):
             check_setting(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend import backend
 from jax.sharding import PartitionSpec as P
 
+from varjax.config import config_tree
 from varjax.errors import InputError
 
 AttentionImpl = Literal["auto", "xla", "grouped", "loop", "cudnn", "splash"]
@@ -32,6 +33,8 @@ TENSOR_AXIS = "tensor"  # the one that shards heads
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
     """Configures the dtype and execution of a model: how it computes, not what.
+
+    Raises InputError for a value that is not allowed.
 
         model = varjax.load("runs/digits", compute=varjax.ComputeConfig(dtype="bfloat16"))
 
@@ -67,6 +70,9 @@ class ComputeConfig:
     unroll: bool = False
     encoder_precision: Literal["auto", Precision] = "auto"
     platform: Platform = "auto"
+
+    def __post_init__(self):
+        config_tree.check_types(self)
 
     @property
     def target(self) -> str:

@@ -126,7 +126,8 @@ class Experiment:
     skip_nonfinite: int = 0
 
     def check(self) -> None:
-        """Raises InputError for the first invalid field."""
+        """Raises InputError for the first invalid field, of the task and the data as well."""
+        config_tree.check_types(self)
         if (self.steps > 0) == (self.epochs > 0) or min(self.steps, self.epochs) < 0:
             raise InputError(
                 f"give the length as steps or as epochs, one of them above 0 and the other 0; "
