@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers import runs
 from tests.var.test_sample import QUANTIZER
+from varjax.checkpoints.class_names import known_class_names
 from varjax.errors import InputError
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
@@ -148,6 +149,20 @@ def test_a_guide_of_another_kind_is_refused():
     ):
         with pytest.raises(InputError, match=message):
             model.with_guide(guide)
+
+
+@pytest.mark.parametrize("role", ["guide", "refiner"])
+def test_a_companion_whose_labels_mean_other_classes_is_refused(role):
+    model, other = pipeline(), pipeline()
+    refine = functools.partial(model.with_refiner, draft_scales=1)
+    join = model.with_guide if role == "guide" else refine
+    model.labels = known_class_names(["cat", "dog", *"cdefghij"])
+    join(other)  # whose classes have no names
+    other.labels = known_class_names(["dog", "cat", *"cdefghij"])
+    with pytest.raises(InputError, match=f"label 0 is 'dog' for the {role}, but 'cat' for this"):
+        join(other)
+    other.labels = model.labels
+    join(other)
 
 
 def test_a_guided_model_is_another_model_and_needs_more_memory():

@@ -161,6 +161,19 @@ def known_class_names(names: Sequence[str]) -> ClassNames:
     return ClassNames(tuple(names))
 
 
+def different_class(a: ClassNames, b: ClassNames) -> int | None:
+    """Finds the first label that means different classes in two models of equally many classes.
+
+    Returns None if there is none, and if the names of either model are only assumed: numbers, or
+    ImageNet's.
+    """
+    assumed = numbered_classes(len(a)), imagenet_classes()
+    if a in assumed or b in assumed:
+        return None
+    pairs = enumerate(zip(a, b, strict=True))
+    return next((label for label, (name, other) in pairs if name != other), None)
+
+
 def stored_names(weights: WeightsDir) -> list[str] | None:
     """Returns the names in a run's data.json or a converted directory's config.json, or None."""
     about = weights.config

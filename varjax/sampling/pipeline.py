@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax import trees
+from varjax.checkpoints.class_names import different_class
 from varjax.config.config_tree import changed_fields
 from varjax.config.numbers import FLOAT32_MAX, UINT32_MAX, seed_number, whole_number
 from varjax.errors import InputError
@@ -177,6 +178,11 @@ def checked_companion(
     sizes, others = ({"classes": m.classes, **sizes_of(m)} for m in (model, other))
     if lines := [f"{n}: {role} {others[n]}, model {x}" for n, x in sizes.items() if x != others[n]]:
         raise InputError(f"the {role} does not fit this model:\n  " + "\n  ".join(lines))
+    if (label := different_class(model.labels, other.labels)) is not None:
+        raise InputError(
+            f"label {label} is {other.labels[label]!r} for the {role}, but {model.labels[label]!r} "
+            f"for this model; choose a {role} that was trained on the same classes"
+        )
     digests = [trees.digest(pipeline.params["tokenizer"]) for pipeline in (model, other)]
     if model.tokenizer != other.tokenizer or digests[0] != digests[1]:
         raise InputError(
