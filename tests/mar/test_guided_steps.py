@@ -119,12 +119,14 @@ def test_a_rule_of_one_s_own_is_asked_at_every_step_and_returns_tokens():
 
 
 def test_what_does_not_fit_a_model_is_refused():
-    model, codes = (
+    model, codes, raster = (
         MARPipeline(None, config, {"tokenizer": {}, "mar": params(config)})
-        for config in (TINY, tiny(CATEGORICAL))
+        for config in (TINY, tiny(CATEGORICAL), dataclasses.replace(TINY, order="raster"))
     )
     with pytest.raises(InputError, match="tokens: guide .*, model"):
         model.with_guide(codes)
+    with pytest.raises(InputError, match="order: guide raster, model random"):
+        model.with_guide(raster)
     with pytest.raises(InputError, match="options of a diffusion head"):
         codes.options(steps=4, guidance_timestep_to=500)
     with pytest.raises(InputError, match="guidance has 3 numbers: give one, or 4"):

@@ -228,7 +228,7 @@ class MARPipeline:
         Both predict the same tokens (Karras et al. 2024, arXiv 2406.02507). `guidance` is then the
         weight of this model: 1 turns the guide off.
 
-        Raises InputError for a guide with other classes, tokens or tokenizer weights.
+        Raises InputError for a guide with other classes, tokens, order or tokenizer weights.
         """
         weak: MARPipeline = checked_companion("guide", self, guide, _guide_sizes)
         model = MARPipeline(
@@ -569,4 +569,5 @@ def _guide_sizes(model: MARPipeline) -> dict[str, Any]:
     """Returns what a guide and the model that it guides must have in common, by name."""
     mar = model.mar
     tokens = mar.head.patch, mar.head.token_shape, mar.head.latent_sizes
-    return {"latent_map": mar.latent_map, "tokens": tokens, "causal": mar.causal}
+    order = {"causal": mar.causal, "order": mar.order}
+    return {"latent_map": mar.latent_map, "tokens": tokens} | order
