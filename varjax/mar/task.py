@@ -227,9 +227,10 @@ class MARTask:
         sums: dict[str, Any] = {
             name: jnp.sum(x_BL * mean_weight_BL) for name, x_BL in means_BL.items()
         }
-        known_bin_B = jnp.minimum(known_B * KNOWN_BINS // (self.max_known + 1), KNOWN_BINS - 1)
-        loss_B = jnp.sum(means_BL["loss"] * mean_weight_BL, axis=1)
-        sums["loss_by_known"] = _binned(known_bin_B, loss_B * image_B, image_B, KNOWN_BINS)
+        if not self.model.causal:  # which predicts every token from those before it
+            known_bin_B = jnp.minimum(known_B * KNOWN_BINS // (self.max_known + 1), KNOWN_BINS - 1)
+            loss_B = jnp.sum(means_BL["loss"] * mean_weight_BL, axis=1)
+            sums["loss_by_known"] = _binned(known_bin_B, loss_B * image_B, image_B, KNOWN_BINS)
         if draws.noise is not None:
             noise_bin_BLU = draws.noise.timestep_BLU * NOISE_BINS // TRAINING_STEPS
             weight_BLU = jnp.broadcast_to(weight_BL[..., None], noise_bin_BLU.shape)
@@ -241,7 +242,8 @@ class MARTask:
         """Returns means over images, and means by noise level and by number of known tokens.
 
         `loss_by_noise` has ten equal ranges of timesteps, least noise first. `loss_by_known` has
-        four ranges of the number of known tokens, fewest first. An empty range is NaN.
+        four ranges of the number of known tokens, fewest first; a causal model has none. An empty
+        range is NaN.
         """
         images, arrays = sums.pop("images"), {}
         for name in ("loss_by_known", "loss_by_noise"):
