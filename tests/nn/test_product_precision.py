@@ -4,15 +4,19 @@ import collections
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.extend import core
 
 from tests.helpers import runs
+from varjax.data.sources import Digits
+from varjax.mar.task import MARTask
 from varjax.metrics.inception import Inception, init_inception
 from varjax.nn.attention import block_causal_mask, mask_segments
 from varjax.nn.compute import EXACT, ComputeConfig
 from varjax.tokenizers.vq.model import image_features, make_quantizer
 from varjax.var.model import VAR
+from varjax.var.task import VARTask
 from varjax.var.teacher_forcing import targets_and_inputs
 
 
@@ -98,6 +102,19 @@ def test_the_transformer_multiplies_in_its_format_and_the_head_adds_in_float32(d
     assert found["bfloat16", "float32", None] == 1 + len(
         mask_segments(block_causal_mask(runs.VAR.pyramid.level_L))
     )
+
+
+@pytest.mark.parametrize("model", ["var", "mar"])
+def test_evaluation_is_exact_in_float32(model):
+    exact = dict(tokenizer_weights="random", compute=EXACT)
+    if model == "var":
+        task = VARTask(runs.VAR, runs.TOKENIZER, **exact)
+    else:
+        task = MARTask(runs.MAR, runs.KL, sampling=runs.MAR_SAMPLING, **exact)
+    key = jax.random.key(0)
+    state, frozen = jax.eval_shape(task.init, key), jax.eval_shape(task.tokenizer.init, key)
+    batch = Digits().make(2, seed=0).train_batch(0) | {"valid_B": np.ones(2, bool)}
+    assert products(task.eval_step, state, frozen, batch).keys() == {EXACTLY}
 
 
 def test_inception_is_exact():

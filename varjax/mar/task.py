@@ -297,4 +297,5 @@ def matching_mar_rows(config: MARConfig, other: MARConfig) -> MatchingRows:
 def _binned(index, total, count, bins):
     """Sums totals and counts by bin, (bins,) each."""
     chosen = jax.nn.one_hot(index.reshape(-1), bins)
-    return total.reshape(-1) @ chosen, count.reshape(-1) @ chosen
+    both = jnp.stack([total.reshape(-1), count.reshape(-1)])
+    return tuple(jnp.matmul(both, chosen, precision="highest"))
