@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import runs
 from varjax.errors import InputError
+from varjax.mar.task import MARTask
 from varjax.nn import attention, splash_attention
 from varjax.nn.attention import (
     Dropout,
@@ -19,6 +21,7 @@ from varjax.nn.attention import (
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.stack import KVCache, LayerCache
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid
+from varjax.var.task import VARTask
 
 SCALES = 1, 4, 7, 9  # the last two are segments of their own
 MASK_LL = block_causal_mask(Pyramid(SCALES).level_L)
@@ -205,10 +208,22 @@ def test_the_splash_kernel_trains_on_tpus_alone():
     on_tpu = ComputeConfig(attention_impl="splash", platform="tpu")
     assert on_tpu.attention_implementation() == "splash"
     assert on_tpu.attention_implementation(cached=True) == "grouped"
-    with pytest.raises(
-        InputError, match="attention_impl=splash: this kernel is for TPUs, not for c"
-    ):
-        ComputeConfig(attention_impl="splash").attention_implementation()
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_a_fused_kernel_that_the_machine_does_not_have_is_refused(kernel):
+    compute, says = (
+        ComputeConfig(attention_impl=kernel),
+        f"attention_impl={kernel}: .* not for .*cpu",
+    )
+    with pytest.raises(InputError, match=says):
+        compute.attention_implementation()
+    tasks = [VARTask(runs.VAR, runs.TOKENIZER, "random", compute=compute)]
+    options = dict(attention_dropout=0.0, sampling=runs.MAR_SAMPLING, compute=compute)
+    tasks.append(MARTask(runs.MAR, runs.KL, "random", **options))
+    for task in tasks:
+        with pytest.raises(InputError, match=says):
+            task.check((8, 8, 1), 10)
 
 
 @pytest.mark.parametrize(

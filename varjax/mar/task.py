@@ -120,6 +120,7 @@ class MARTask:
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_image_shape(self.tokenizer, image_shape)
         check_classes(classes, self.model.classes)
+        self.compute.attention_implementation()  # whether this machine has it
 
     def notes(self, plan: Plan) -> list[str]:
         return transformer_notes(self, plan)

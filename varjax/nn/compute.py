@@ -91,7 +91,7 @@ class ComputeConfig:
 
         cached: whether earlier keys come from a cache, so that there is no gradient.
 
-        Raises InputError for "splash" on another platform than a TPU.
+        Raises InputError for a fused kernel that the platform does not have.
         """
         if self.attention_impl == "grouped" and not cached:
             return "xla"
@@ -102,14 +102,22 @@ class ComputeConfig:
                     "choose auto"
                 )
             return "grouped" if cached else "splash"
+        if self.attention_impl == "cudnn" and not self._has_cudnn:
+            raise InputError(
+                "attention_impl=cudnn: this kernel is for NVIDIA's GPUs, Ampere or later, not for "
+                f"this {self.target}; choose auto"
+            )
         if self.attention_impl != "auto":
             return self.attention_impl
         if self.loops_over_images:
             return "loop"
         if self.target == "tpu" and cached:
             return "grouped"
-        fused = self.target == "gpu" and (self.platform == "gpu" or _has_fused_attention())
-        return "cudnn" if fused and self.jax_dtype == jnp.bfloat16 else "xla"
+        return "cudnn" if self._has_cudnn and self.jax_dtype == jnp.bfloat16 else "xla"
+
+    @property
+    def _has_cudnn(self) -> bool:
+        return self.target == "gpu" and (self.platform == "gpu" or _has_fused_attention())
 
     @property
     def loops_over_images(self) -> bool:
