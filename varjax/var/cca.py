@@ -43,7 +43,8 @@ def cca_loss(log_ratio_B2: jax.Array, matches_B: jax.Array, config: CCAConfig) -
     """Computes the mean loss of a batch, as the authors' code does.
 
     -log σ(β·own) - λ·log σ(-β·other), over max(λ, 1). An other label that matches is no negative
-    example: its term is -log σ(β·other).
+    example: its term is -log σ(β·other). Without class dropout, the authors' code makes no such
+    exception.
 
     Args:
         log_ratio_B2: log p(image | label) of the trained model minus that of the reference, given
