@@ -38,7 +38,8 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
     """
     shape = models[0].sampler.image_shape
     scaled = [model.sampler for model in models if model.keeps_scales]
-    most_scales = max([sampler.steps(sampler.options()) - 1 for sampler in scaled] + [1])
+    # Gradio's sliders need two values, also where no model has as many scales to keep.
+    most_scales = max([2, *(sampler.steps(sampler.options()) - 1 for sampler in scaled)])
     modes = [*MASKED, *(SCALED if scaled else ())]
     with gr.Row():
         with gr.Column(min_width=300):
@@ -60,7 +61,7 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
             keep_scales = gr.Slider(
                 1,
                 most_scales,
-                min(2, most_scales),
+                2,
                 step=1,
                 label="keep_scales",
                 info="to vary: first scales to keep; the more, the closer",
