@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: se
     go = gr.Checkbox(visible="hidden")
     inputs = [choice, count, seed, *(part for each in controls for part in each.components)]
 
-    def draw_images(request: gr.Request, chosen: int, count: Any, seed: Any, *values: Any):
+    def draw_images(chosen: int, count: Any, seed: Any, *values: Any):
         with shown_errors():
             labels, options = read_controls(controls, chosen, values)
             drawing = checked_drawing(models[chosen], labels, count, seed, options)
@@ -85,9 +86,10 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: se
         yield {note: compiling if compiles else ""}
         for film, shown, seconds in played_drawing(drawing):  # noqa: B007  (the last)
             yield {pictures: film.frame(shown), note: ""}
-        file = folder / f"{request.session_hash}.zip"
-        label = "after scale" if drawing.model.keeps_scales else "after step"
+        # Each drawing has its own address, since browsers may reuse a download of the same one.
+        file = pathlib.Path(tempfile.mkdtemp(dir=folder)) / "samples.zip"
         file.write_bytes(film.archive())
+        label = "after scale" if drawing.model.keeps_scales else "after step"
         compiled.add(drawing.program)
         yield {
             step: gr.Slider(1, film.steps, film.steps, label=label, visible=film.steps > 1),
