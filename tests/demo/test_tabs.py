@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers.fake_sampler import FakeSampler
 from varjax.demo.drawing import DemoModel
@@ -16,6 +17,12 @@ from gradio.context import LocalContext  # noqa: E402  (needs Gradio)
 
 from varjax.demo import playback  # noqa: E402
 from varjax.demo.page import make_page  # noqa: E402
+
+PAINTED = {"layers": [np.full((8, 8, 4), 255, np.uint8)]}
+# Values of the components by label; the state with the picture to edit has none.
+REQUEST = {"model": 0, "count": 1, "seed": 0, "classes": [3], None: Image.new("L", (8, 8))}
+REQUEST |= {"class": 3, "mode": "in-paint", "keep_scales": 2, "paste": True}
+REQUEST |= {"paint over the parts to redraw (out-paint: to keep)": PAINTED}
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +43,10 @@ class Sampler(FakeSampler):
     def sample(self, labels, seed=0, *, index=None, every_step=False, **options):
         return np.stack([super().sample(labels, seed, index=index)] * self.number_of_steps)
 
+    def edit(self, images_BHWC, keep, labels=None, seed=0, *, index=None, **options):
+        images_BHWC = super().edit(images_BHWC, keep, labels, seed, index=index)
+        return np.stack([images_BHWC] * self.number_of_steps)
+
 
 def page_of(model, folder):
     """Returns the page; where no event loop runs, Gradio would make one and not close it."""
@@ -52,24 +63,34 @@ def test_a_page_opens_for_a_model_that_has_no_scales_or_two(tmp_path, keeps_scal
     assert page_of(model, tmp_path).fns
 
 
-def drawn(page, model, **given):
-    """Returns the last value of each component, by identifier, after a drawing."""
-    event = next(x for x in page.fns.values() if x.name == "draw_images")
-    own = model.sampler.options()
-    given = {"model": 0, "count": 1, "seed": 0, "classes": [3]} | dataclasses.asdict(own) | given
+def shown(page, model, name, **given):
+    """Returns the last value of each component that an event shows, by identifier or label."""
+    event = next(x for x in page.fns.values() if x.name == name)
+    given = dataclasses.asdict(model.sampler.options()) | REQUEST | given
     values = [given[x.label] for x in event.inputs]
     listening = LocalContext.in_event_listener.set(True)
     try:
-        shown = [value for update in event.fn(*values) for value in update.items()]
+        updates = [value for update in event.fn(*values) for value in update.items()]
     finally:
         LocalContext.in_event_listener.reset(listening)
-    return {component.elem_id: value for component, value in shown}
+    return {x.elem_id or getattr(x, "label", None): value for x, value in updates}
 
 
 def test_each_drawing_has_a_file_of_its_own(tmp_path):
     model = DemoModel("fake", Sampler())
     page = page_of(model, tmp_path)
-    downloads = [drawn(page, model, seed=seed)["download"] for seed in (0, 1)]
+    downloads = [shown(page, model, "draw_images", seed=seed)["download"] for seed in (0, 1)]
     files = [pathlib.Path(download.constructor_args["value"]) for download in downloads]
     assert all(tmp_path in file.parents for file in files)
     assert files[0] != files[1] and files[0].read_bytes() != files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("event", "slider"), [("draw_images", "step"), ("edit_picture", "after scale or step")]
+)
+def test_images_of_a_single_step_are_finished_without_a_slider(tmp_path, event, slider):
+    for steps in (1, 3):
+        model = DemoModel("fake", Sampler(number_of_steps=steps))
+        values = shown(page_of(model, tmp_path), model, event)
+        given = values[slider].constructor_args
+        assert given["value"] == steps and given["visible"] == (steps > 1)

@@ -16,6 +16,7 @@ from varjax.demo.playback import (
     played_drawing,
     shown_errors,
     speed_note,
+    step_slider,
 )
 from varjax.errors import InputError
 
@@ -92,7 +93,7 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: se
         label = "after scale" if drawing.model.keeps_scales else "after step"
         compiled.add(drawing.program)
         yield {
-            step: gr.Slider(1, film.steps, film.steps, label=label, visible=film.steps > 1),
+            step: step_slider(film, label),
             note: speed_note(film, seconds, compiles),
             download: gr.DownloadButton(value=str(file), visible=True),
             command: drawing.command(),

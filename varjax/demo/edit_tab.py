@@ -20,12 +20,14 @@ from varjax.demo.playback import (
     played_steps,
     shown_errors,
     speed_note,
+    step_slider,
 )
 from varjax.storage import image_io
 from varjax.storage.picture_text import image_text
 
 CANVAS_SIDE = 256  # pixels on the page that smaller images are enlarged to, about
 BRUSH_PART = 8  # of the canvas's side: width of the brush
+STEP_LABEL = "after scale or step"
 
 
 def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any]) -> None:
@@ -75,7 +77,7 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
                 stop = gr.Button("Stop", variant="stop")
     before = gr.HTML(elem_id="before")
     results = gr.HTML(min_height=120, elem_id="results")
-    step = gr.Slider(1, 2, 1, step=1, label="after scale or step", visible=False)
+    step = gr.Slider(1, 2, 1, step=1, label=STEP_LABEL, visible=False)
     note = gr.Markdown(elem_id="edit-note")
     film = gr.State()
 
@@ -112,7 +114,7 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
         yield {
             film: last,
             note: speed_note(last, seconds, compiles),
-            step: gr.Slider(1, last.steps, last.steps, visible=last.steps > 1),
+            step: step_slider(last, STEP_LABEL),
         }
 
     source.connect(drawn_film, lambda picture: canvas(picture, shape), editor)

@@ -80,6 +80,18 @@ def played_steps(
             shown_at = time.monotonic()
 
 
+def step_slider(film: Film, label: str) -> Any:
+    """Returns what makes a step slider choose between the steps of a finished animation.
+
+    Args:
+        film: finished animation; the slider is hidden if it has a single step.
+        label: text above the slider.
+    """
+    S = film.steps
+    # Gradio's sliders need two values, also while they are hidden.
+    return gr.Slider(1, max(2, S), S, label=label, visible=S > 1)
+
+
 def connect_step_slider(step: Any, film: Any, pictures: Any) -> None:
     """Lets a slider choose the step of an animation that the page shows.
 
