@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import pathlib
+import types
+import urllib.parse
 
 import jax
 import numpy as np
@@ -94,3 +96,25 @@ def test_images_of_a_single_step_are_finished_without_a_slider(tmp_path, event, 
         values = shown(page_of(model, tmp_path), model, event)
         given = values[slider].constructor_args
         assert given["value"] == steps and given["visible"] == (steps > 1)
+
+
+def linked(folder, query):
+    """Returns what a link sets: a value of each control, and whether to draw."""
+    page = page_of(DemoModel("fake", Sampler()), folder)
+    event = next(x for x in page.fns.values() if x.name == "read_link")
+    values = event.fn(types.SimpleNamespace(query_params=dict(urllib.parse.parse_qsl(query, True))))
+    return {x.label: value for x, value in zip(event.outputs[:-1], values, strict=False)}, values[
+        -1
+    ]
+
+
+def test_a_link_sets_the_controls_that_it_names(tmp_path):
+    values, draws = linked(tmp_path, "labels=3,none&guidance=2.5&__theme=dark")
+    assert draws and values["classes"] == [3, 10] and values["guidance"] == 2.5
+    assert values["seed"] == values["top_k"] == gr.skip()
+
+
+@pytest.mark.parametrize("query", ["guidance=1,2,3", "guidance=nan", "guidance=99", "guidance="])
+def test_a_link_with_a_value_that_no_slider_shows_says_why(tmp_path, query):
+    with pytest.warns(UserWarning, match="guidance=.* one number from 1 to 10"):
+        assert not linked(tmp_path, f"labels=3&{query}")[1]

@@ -12,7 +12,7 @@ import numpy as np
 
 from varjax.cli.captions import class_titles
 from varjax.demo.drawing import DemoModel, Drawing, flag_text
-from varjax.errors import InputError
+from varjax.errors import InputError, check_setting
 from varjax.sampling.sampler import parse_option
 
 FIRST_CLASSES = 4
@@ -64,16 +64,18 @@ class OptionControls:
     def values_of_link(self, query: Mapping[str, str]) -> list[Any]:
         """Returns the values of the components as a link says; `gr.skip()` for what it leaves out.
 
-        Raises InputError for text that is no class or value.
+        Raises InputError for text that is no class or value, or that a slider cannot show.
         """
         values: list[Any] = [gr.skip()]
         if "labels" in query:
             values = [[self._class(text) for text in query["labels"].split(",")]]
-        for name in self.names:
+        for name, component in zip(self.names, self.components[self._has_classes :], strict=True):
             if name not in query:
                 values.append(gr.skip())
                 continue
             value = self._option(name, query[name])
+            if isinstance(component, gr.Slider):
+                _check_slider(name, value, component)
             values.append(flag_text(value) if isinstance(value, tuple) else value)
         return values
 
@@ -226,3 +228,11 @@ def _control(field: dataclasses.Field, value: Any) -> Any:
         return gr.Textbox(flag_text(value), **about)
     low, high, step = slider
     return gr.Slider(low, max(high, value), value, step=step, **about)
+
+
+def _check_slider(name: str, value: Any, slider: Any) -> None:
+    """Raises InputError unless a slider can show the value of an option."""
+    low, high = slider.minimum, slider.maximum
+    valid = isinstance(value, int | float) and low <= value <= high  # False for NaN
+    allowed = f"one number from {low} to {high} on this page (varjax sample takes others)"
+    check_setting(name, flag_text(value), valid, allowed)
