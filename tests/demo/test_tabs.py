@@ -118,3 +118,8 @@ def test_a_link_sets_the_controls_that_it_names(tmp_path):
 def test_a_link_with_a_value_that_no_slider_shows_says_why(tmp_path, query):
     with pytest.warns(UserWarning, match="guidance=.* one number from 1 to 10"):
         assert not linked(tmp_path, f"labels=3&{query}")[1]
+
+
+def test_a_link_of_another_model_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="diffusion_steps=50: fake has no such option"):
+        assert not linked(tmp_path, "labels=3&diffusion_steps=50")[1]

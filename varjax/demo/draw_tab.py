@@ -122,6 +122,13 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: se
             number = int(values.get("model", 0))
             if not 0 <= number < len(models):
                 raise InputError(f"model={number}: this page has {len(models)}, counted from 0")
+            known = {"model", "labels", "count", "seed", *controls[number].names}
+            for name in values.keys() - known:
+                if not name.startswith("__"):  # such as Gradio's __theme
+                    raise InputError(
+                        f"{name}={values[name]}: {models[number].location} has no such option; the "
+                        "link may be one of another model"
+                    )
             chosen = controls[number].values_of_link(values)
             parts = [
                 chosen if each is controls[number] else [gr.skip() for _ in each.components]
