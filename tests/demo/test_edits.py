@@ -1,5 +1,7 @@
 """An edit on the page is what the models' methods return; uploads get one sentence."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -103,6 +105,9 @@ def test_unusual_uploads_are_read_and_the_page_says_how(tmp_path):
         tmp_path, gray, "film.gif", save_all=True, append_images=[Image.new("L", (8, 8), 9)]
     )
     assert read_upload(film)[1] == "Only the first of its 2 frames is used."
+    data = pathlib.Path(film).read_bytes()
+    (tmp_path / "cut.gif").write_bytes(data[: data.rindex(b",") + 5])  # "," begins a frame
+    assert read_upload(str(tmp_path / "cut.gif"))[1] == ""
     deep = saved(tmp_path, Image.fromarray(np.full((8, 8), 2**15, np.uint16)))
     picture, changes = read_upload(deep)
     assert picture.mode == "L" and changes == "Its 16 bits are rounded to 8."

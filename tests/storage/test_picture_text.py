@@ -29,6 +29,14 @@ def test_a_film_carries_text(suffix, tmp_path):
     assert read_picture_text(path) == (f"{suffix.upper()} image, 64x64 pixels, 2 frames", TEXT)
 
 
+def test_a_film_whose_later_frames_are_damaged_is_the_first_frame(tmp_path):
+    later = [Image.new("L", (8, 8), 9)]
+    Image.new("L", (8, 8)).save(tmp_path / "a.gif", save_all=True, append_images=later)
+    data = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "cut.gif").write_bytes(data[: data.rindex(b",") + 5])  # "," begins a frame
+    assert read_picture_text(tmp_path / "cut.gif")[0] == "GIF image, 8x8 pixels"
+
+
 def test_one_image_of_many_says_which_it_is():
     text = image_text({"seed": 3}, 12, np.int64(7))
     assert (text["Image"], text["Label"], json.loads(text["Settings"])) == ("12", "7", {"seed": 3})

@@ -194,11 +194,11 @@ def read_upload(path: str) -> tuple[Image.Image, str]:
             f"{name} has {picture.width}x{picture.height} pixels; upload a picture of "
             f"{LEAST_SIDE}x{LEAST_SIDE} or more"
         )
+    frames = image_io.frame_count(path)
     with Image.open(path) as original:
-        frames, mode = getattr(original, "n_frames", 1), original.mode
         changes = {
             f"Only the first of its {frames} frames is used.": frames > 1,
             "Its transparent parts are white.": original.has_transparency_data,
-            "Its 16 bits are rounded to 8.": mode.startswith("I"),
+            "Its 16 bits are rounded to 8.": original.mode.startswith("I"),
         }
     return picture, " ".join(text for text, changed in changes.items() if changed)

@@ -98,6 +98,18 @@ def open_image(path: str | os.PathLike, background: str = "white") -> Image.Imag
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
+def frame_count(path: str | os.PathLike) -> int:
+    """Returns the number of frames of an image file; 1 if those after the first are damaged.
+
+    path: file on this machine that `open_image` can read, which decodes the first frame alone.
+    """
+    with Image.open(path) as picture:
+        try:
+            return getattr(picture, "n_frames", 1)
+        except Exception:  # Pillow raises IndexError, KeyError, SyntaxError, struct.error …
+            return 1
+
+
 def resize_and_crop(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
     """Resizes a picture (Lanczos) until it just covers (H, W), then crops its center.
 

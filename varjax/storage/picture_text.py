@@ -79,7 +79,7 @@ def read_picture_text(path: str | os.PathLike) -> tuple[str, dict[str, str]]:
     image_io.open_image(path)  # raises for anything that is not an image
     with Image.open(path) as picture:
         about = f"{picture.format} image, {picture.width}x{picture.height} pixels"
-        if (frames := getattr(picture, "n_frames", 1)) > 1:
+        if (frames := image_io.frame_count(path)) > 1:
             about += f", {frames} frames"
         info = picture.info
         if picture.format == "PNG":
