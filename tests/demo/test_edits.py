@@ -1,6 +1,8 @@
 """An edit on the page is what the models' methods return; uploads get one sentence."""
 
 import pathlib
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -99,6 +101,17 @@ def test_wrong_uploads_get_one_sentence(tmp_path):
         assert str(tmp_path) not in str(error.value)
 
 
+def png_of_16_bits(image_HW3):
+    H, W, _ = image_HW3.shape
+    rows = b"".join(b"\0" + row_W3.tobytes() for row_W3 in image_HW3)
+    header = struct.pack(">IIBBBBB", W, H, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        data += struct.pack(">I", len(content)) + kind + content + check
+    return data
+
+
 def test_unusual_uploads_are_read_and_the_page_says_how(tmp_path):
     gray = Image.new("L", (8, 8))
     film = saved(
@@ -110,7 +123,11 @@ def test_unusual_uploads_are_read_and_the_page_says_how(tmp_path):
     assert read_upload(str(tmp_path / "cut.gif"))[1] == ""
     deep = saved(tmp_path, Image.fromarray(np.full((8, 8), 2**15, np.uint16)))
     picture, changes = read_upload(deep)
-    assert picture.mode == "L" and changes == "Its 16 bits are rounded to 8."
+    assert picture.mode == "L" and changes == "Its 16 bits per channel become 8."
+    colors = tmp_path / "colors.png"  # Pillow writes 8 bits per channel alone
+    colors.write_bytes(png_of_16_bits(np.full((8, 8, 3), 2**15, ">u2")))
+    picture, changes = read_upload(str(colors))
+    assert picture.mode == "RGB" and changes == "Its 16 bits per channel become 8."
     picture, changes = read_upload(saved(tmp_path, Image.new("RGBA", (8, 8), (0, 0, 0, 0))))
     assert picture.getpixel((0, 0)) == (255, 255, 255)
     assert changes == "Its transparent parts are white."

@@ -196,9 +196,12 @@ def read_upload(path: str) -> tuple[Image.Image, str]:
         )
     frames = image_io.frame_count(path)
     with Image.open(path) as original:
+        # Pillow's mode has the bits of gray images alone, its raw mode has those of colors, too.
+        raw_modes = [str(tile[3]) for tile in original.tile]
+        deep = original.mode.startswith("I") or any(";16" in raw for raw in raw_modes)
         changes = {
             f"Only the first of its {frames} frames is used.": frames > 1,
             "Its transparent parts are white.": original.has_transparency_data,
-            "Its 16 bits are rounded to 8.": original.mode.startswith("I"),
+            "Its 16 bits per channel become 8.": deep,
         }
     return picture, " ".join(text for text, changed in changes.items() if changed)
