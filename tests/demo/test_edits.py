@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import runs
+from varjax.demo import drawing
 from varjax.demo.__main__ import open_demo_model
 from varjax.demo.edits import checked_page_edit, edit_parts, read_upload
 from varjax.errors import InputError
@@ -74,6 +75,13 @@ def test_scales_are_kept_to_vary_and_upscale(model):
 def test_what_cannot_be_edited_is_refused(model, mode, changes, message):
     with pytest.raises(InputError, match=message):
         results(model, mode, **changes)
+
+
+def test_results_are_refused_if_the_page_cannot_keep_them_after_all_steps(model, monkeypatch):
+    monkeypatch.setattr(drawing, "MOST_FILM_BYTES", 2 * 3 * 8 * 8)  # two results after 3 scales
+    checked_page_edit(model, "vary", PICTURE, None, SETTINGS, {})
+    with pytest.raises(InputError, match="count=3; in 3 steps, .* at most 2"):
+        results(model, "vary", count=3)
 
 
 @pytest.mark.parametrize("mode", ["vary", "upscale"])

@@ -188,14 +188,28 @@ def checked_drawing(
         sampler.options(**options),
     )
     classes, images = len(drawing.labels), len(drawing.labels) * drawing.count
-    film_bytes = sampler.steps(drawing.options) * math.prod(sampler.image_shape)
+    request = f"{drawing.count} images of each of {classes} classes are {images}"
+    check_image_count(sampler, drawing.options, images, request)
+    return drawing
+
+
+def check_image_count(sampler: Sampler, options: Any, images: int, request: str) -> None:
+    """Raises InputError for more images than the page keeps after all steps of one request.
+
+    Args:
+        sampler: model that draws.
+        options: sampling options of the model.
+        images: number of images.
+        request: what asks for them, in the message.
+    """
+    steps = sampler.steps(options)
+    film_bytes = steps * math.prod(sampler.image_shape)
     most = max(1, min(MOST_IMAGES, MOST_FILM_BYTES // film_bytes))
     if images > most:
         raise InputError(
-            f"{drawing.count} images of each of {classes} classes are {images}; this page draws at "
-            f"most {most} at once (varjax sample draws any number)"
+            f"{request}; in {steps} steps, this page draws at most {most} at once (the command "
+            "line draws any number)"
         )
-    return drawing
 
 
 def flag_text(value: Any) -> str:

@@ -15,6 +15,7 @@ from varjax.demo.drawing import (
     MODEL_LOCK,
     MOST_IMAGES,
     DemoModel,
+    check_image_count,
     part_size,
     static_options,
 )
@@ -102,6 +103,9 @@ def checked_page_edit(
         )
     if picture is None:
         raise InputError("there is no picture yet: upload one, or take a drawn one")
+    chosen = sampler.options(**options)
+    count = whole_number("count", settings["count"], 1, MOST_IMAGES)
+    check_image_count(sampler, chosen, count, f"count={count}")
     label = settings["label"]
     label = sampler.classes if label is None else whole_number("class", label, 0, sampler.classes)
     image_HWC = image_io.resize_and_crop(picture, sampler.image_shape)
@@ -125,9 +129,9 @@ def checked_page_edit(
         image_HWC,
         redraw_hw,
         label,
-        whole_number("count", settings["count"], 1, MOST_IMAGES),
+        count,
         seed_number("seed", settings["seed"]),
-        sampler.options(**options),
+        chosen,
         int(settings["keep_scales"]),
         bool(settings["paste"]),
     )
