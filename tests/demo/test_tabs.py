@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.helpers.fake_sampler import FakeSampler
 from varjax.demo.drawing import DemoModel
+from varjax.storage import image_io
 
 gr = pytest.importorskip("gradio", reason='needs Gradio: pip install ".[demo]"')
 from gradio.context import LocalContext  # noqa: E402  (needs Gradio)
@@ -123,3 +124,15 @@ def test_a_link_with_a_value_that_no_slider_shows_says_why(tmp_path, query):
 def test_a_link_of_another_model_says_so(tmp_path):
     with pytest.warns(UserWarning, match="diffusion_steps=50: fake has no such option"):
         assert not linked(tmp_path, "labels=3&diffusion_steps=50")[1]
+
+
+@pytest.mark.parametrize(("size", "kept_size"), [((640, 480), (8, 8)), ((6, 9), (6, 9))])
+def test_a_page_keeps_no_more_of_an_upload_than_it_needs(tmp_path, size, kept_size):
+    pixels = np.random.default_rng(0).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    page = page_of(DemoModel("fake", Sampler()), tmp_path)
+    for event in [x for x in page.fns.values() if x.name == "open_upload"]:
+        kept, about, _ = event.fn(str(tmp_path / "photo.png"))
+        assert kept.size == kept_size and about.startswith(f"{size[0]}x{size[1]} pixels")
+        image_HWC = image_io.read_image(tmp_path / "photo.png", (8, 8, 1))
+        assert np.array_equal(image_io.resize_and_crop(kept, (8, 8, 1)), image_HWC)

@@ -117,7 +117,7 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
             step: step_slider(last, STEP_LABEL),
         }
 
-    source.connect(drawn_film, lambda picture: canvas(picture, shape), editor)
+    source.connect(drawn_film, shape, lambda picture: canvas(picture, shape), editor)
     options = [part for each in controls for part in each.components]
     # Each mode shows the settings that it reads.
     mode.change(

@@ -209,3 +209,19 @@ def read_upload(path: str) -> tuple[Image.Image, str]:
             "Its 16 bits per channel become 8.": deep,
         }
     return picture, " ".join(text for text, changed in changes.items() if changed)
+
+
+def kept_picture(picture: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
+    """Returns what the page keeps of a picture: the part that models see, or the whole if smaller.
+
+    A smaller one stays as it is, because upscaling starts from its own pixels.
+
+    Args:
+        picture: picture of any size.
+        shape: (H, W, channels) of the models' images.
+    """
+    H, W, channels = shape
+    if picture.width < W or picture.height < H:
+        return picture
+    image_HWC = image_io.resize_and_crop(picture, shape)
+    return Image.fromarray(image_HWC[..., 0] if channels == 1 else image_HWC)

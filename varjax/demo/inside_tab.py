@@ -81,7 +81,10 @@ def add_inside_tab(models: Sequence[DemoModel], drawn_film: Any) -> None:
         return about, _grid(found)
 
     source.connect(
-        drawn_film, lambda x: _grid({"picture": image_io.resize_and_crop(x, shape)}), preview
+        drawn_film,
+        shape,
+        lambda x: _grid({"picture": image_io.resize_and_crop(x, shape)}),
+        preview,
     )
     look.click(
         show_insides,

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
-from varjax.demo.edits import read_upload
+from varjax.demo.edits import kept_picture, read_upload
 from varjax.demo.playback import shown_errors
 
 
@@ -29,11 +29,18 @@ class PictureSource:
     number: Any
     take: Any
 
-    def connect(self, drawn_film: Any, show: Callable[[Image.Image], Any], shown: Any) -> None:
+    def connect(
+        self,
+        drawn_film: Any,
+        shape: tuple[int, int, int],
+        show: Callable[[Image.Image], Any],
+        shown: Any,
+    ) -> None:
         """Adds the events of the buttons.
 
         Args:
             drawn_film: state with the `Film` of the tab that draws, or None.
+            shape: (H, W, channels) of the models' images.
             show: function of a picture that returns the value of `shown`.
             shown: component that shows the picture.
         """
@@ -41,7 +48,8 @@ class PictureSource:
         def open_upload(path: str):
             with shown_errors():
                 opened, changes = read_upload(path)
-            return opened, f"{opened.width}x{opened.height} pixels. {changes}", show(opened)
+            kept = kept_picture(opened, shape)
+            return kept, f"{opened.width}x{opened.height} pixels. {changes}", show(kept)
 
         def take_drawn(film: Any, number: Any):
             if film is None:
