@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import shlex
+import socket
 import sys
 import zipfile
 
@@ -132,6 +133,16 @@ def test_a_missing_gradio_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(InputError, match=r'needs gradio .*or pip install "\.\[demo\]"'):
         open_demo(["--weights=nowhere"])
+
+
+@pytest.mark.parametrize(("host", "message"), [("127.0.0.1", "in use"), ("192.0.2.1", "assign")])
+def test_an_address_that_cannot_be_used_is_refused_before_models_load(host, message, monkeypatch):
+    pytest.importorskip("gradio", reason='needs Gradio: pip install ".[demo]"')
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"host={host}, port={port}: cannot .*{message}"):
+            open_demo(["--weights=nowhere", f"--host={host}", f"--port={port}"])
 
 
 def test_images_are_enlarged_by_whole_numbers_and_words_are_escaped():

@@ -41,12 +41,13 @@ def open_demo(arguments: list[str]) -> None:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
         with needs_extra("demo", "gradio", "the page"):
             importlib.import_module("gradio")
+        from varjax.demo.server import check_address, serve_page
+
+        check_address(flags.host, flags.port)
         lpips = load_lpips(flags.lpips) if flags.lpips else None
         locations = [flags.weights, *([] if flags.also is None else [flags.also])]
         models = [open_demo_model(location, flags.dtype, lpips) for location in locations]
         check_same_images(models)
-        from varjax.demo.server import serve_page
-
         serve_page(models, flags.host, flags.port, flags.share == "true", pathlib.Path(folder))
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import socket
 import time
 from collections.abc import Sequence
 
@@ -14,6 +15,20 @@ from varjax.errors import InputError
 
 MOST_UPLOAD = "64mb"
 MOST_WAITING = 32  # requests in the queue
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises InputError if no program can listen on an address now.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), port), family=family).close()
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
 
 
 def serve_page(
@@ -48,10 +63,7 @@ def serve_page(
             css=PAGE_CSS,
         )
     except OSError as error:
-        raise InputError(
-            f"host={host}, port={port}: cannot listen there, perhaps because another program does; "
-            "give another --port"
-        ) from error
+        raise _cannot_listen(host, port, error) from error
     print(f"open {page.local_url} in a browser; Ctrl-C stops", flush=True)
     if page.share_url:
         print(f"public link: {page.share_url}", flush=True)
@@ -60,6 +72,13 @@ def serve_page(
             time.sleep(3600)
     finally:
         page.close()
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> InputError:
+    return InputError(
+        f"host={host}, port={port}: cannot listen there ({error.strerror or error}); if another "
+        "program does, give another --port"
+    )
 
 
 def _page_is_open(record: logging.LogRecord) -> bool:
