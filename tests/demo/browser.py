@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import io
-import os
 import shutil
 import signal
 import socket
@@ -44,7 +43,6 @@ def served(folder, *flags):
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"NO_PROXY": "127.0.0.1"},
         )
     try:
         wait_for(lambda: "open http" in output.read_text() or server.poll() is not None)

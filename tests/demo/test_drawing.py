@@ -6,6 +6,7 @@ import os
 import shlex
 import socket
 import sys
+import urllib.request
 import zipfile
 
 import numpy as np
@@ -143,6 +144,24 @@ def test_an_address_that_cannot_be_used_is_refused_before_models_load(host, mess
         port = other.getsockname()[1]
         with pytest.raises(InputError, match=f"host={host}, port={port}: cannot .*{message}"):
             open_demo(["--weights=nowhere", f"--host={host}", f"--port={port}"])
+
+
+def test_the_page_is_asked_for_without_a_proxy(monkeypatch):
+    pytest.importorskip("gradio", reason='needs Gradio: pip install ".[demo]"')
+    given = {"HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": "example.org", "NO_PROXY": "unused"}
+    monkeypatch.setattr(os, "environ", dict(os.environ) | given)
+    monkeypatch.setattr("varjax.demo.__main__.open_demo_model", lambda *_: None)
+    bypassed = []
+    with socket.create_server(("0.0.0.0", 0)) as probe:
+        port = probe.getsockname()[1]
+
+    def serve_page(models, host, port, share, folder):
+        for name in (host, "127.0.0.1", "localhost", "example.org", "example.com"):
+            bypassed.append(bool(urllib.request.proxy_bypass(name)))
+
+    monkeypatch.setattr("varjax.demo.server.serve_page", serve_page)
+    open_demo(["--weights=fake", "--host=0.0.0.0", f"--port={port}"])
+    assert bypassed == [True, True, True, True, False]
 
 
 def test_images_are_enlarged_by_whole_numbers_and_words_are_escaped():

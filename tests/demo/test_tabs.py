@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.helpers.fake_sampler import FakeSampler
 from varjax.demo.drawing import DemoModel
+from varjax.errors import InputError
 from varjax.storage import image_io
 
 gr = pytest.importorskip("gradio", reason='needs Gradio: pip install ".[demo]"')
@@ -20,6 +21,7 @@ from gradio.context import LocalContext  # noqa: E402  (needs Gradio)
 
 from varjax.demo import playback  # noqa: E402
 from varjax.demo.page import make_page  # noqa: E402
+from varjax.demo.server import serve_page  # noqa: E402
 
 PAINTED = {"layers": [np.full((8, 8, 4), 255, np.uint8)]}
 # Values of the components by label; the state with the picture to edit has none.
@@ -136,3 +138,16 @@ def test_a_page_keeps_no_more_of_an_upload_than_it_needs(tmp_path, size, kept_si
         assert kept.size == kept_size and about.startswith(f"{size[0]}x{size[1]} pixels")
         image_HWC = image_io.read_image(tmp_path / "photo.png", (8, 8, 1))
         assert np.array_equal(image_io.resize_and_crop(kept, (8, 8, 1)), image_HWC)
+
+
+def test_a_page_that_does_not_answer_is_a_message(tmp_path, monkeypatch):
+    def launch(self, **settings):
+        self.local_url = "http://127.0.0.1:7860/"
+        raise ValueError("When localhost is not accessible, a shareable link must be created.")
+
+    async def serve():
+        serve_page([DemoModel("fake", Sampler())], "127.0.0.1", 7860, False, tmp_path)
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    with pytest.raises(InputError, match="does not answer at http://127.0.0.1:7860/"):
+        asyncio.run(serve())

@@ -39,6 +39,10 @@ def open_demo(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="varjax_demo_") as folder:
         # Gradio reads these when it is imported.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        # Gradio asks for the page once before it serves it, which must not go through a proxy.
+        bypassed = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]
+        for name in ("no_proxy", "NO_PROXY"):
+            os.environ[name] = ",".join([*filter(None, bypassed), flags.host])
         with needs_extra("demo", "gradio", "the page"):
             importlib.import_module("gradio")
         from varjax.demo.server import check_address, serve_page

@@ -44,7 +44,7 @@ def serve_page(
         folder: folder for the files of the page.
 
     Raises:
-        InputError: the address or the port cannot be used.
+        InputError: the address or the port cannot be used, or the page does not answer there.
     """
     page = make_page(models, folder)
     logging.getLogger("uvicorn.error").addFilter(_page_is_open)
@@ -64,6 +64,11 @@ def serve_page(
         )
     except OSError as error:
         raise _cannot_listen(host, port, error) from error
+    except ValueError as error:  # from Gradio, which asks for the page once
+        raise InputError(
+            f"the page does not answer at {page.local_url}; start it again when this machine is "
+            "less busy, and check that no proxy is between this machine and itself"
+        ) from error
     print(f"open {page.local_url} in a browser; Ctrl-C stops", flush=True)
     if page.share_url:
         print(f"public link: {page.share_url}", flush=True)
