@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.fake_sampler import FakeSampler
-from varjax.demo.drawing import DemoModel
+from varjax.demo.drawing import MODEL_LOCK, DemoModel
 from varjax.errors import InputError
 from varjax.storage import image_io
 
@@ -68,14 +68,20 @@ def test_a_page_opens_for_a_model_that_has_no_scales_or_two(tmp_path, keeps_scal
     assert page_of(model, tmp_path).fns
 
 
-def shown(page, model, name, **given):
-    """Returns the last value of each component that an event shows, by identifier or label."""
+def started(page, model, name, **given):
+    """Returns the generator of an event."""
     event = next(x for x in page.fns.values() if x.name == name)
     given = dataclasses.asdict(model.sampler.options()) | REQUEST | given
-    values = [given[x.label] for x in event.inputs]
+    return event.fn(*[given[x.label] for x in event.inputs])
+
+
+def shown(page, model, name, **given):
+    """Returns the last value of each component that an event shows, by identifier or label."""
     listening = LocalContext.in_event_listener.set(True)
     try:
-        updates = [value for update in event.fn(*values) for value in update.items()]
+        updates = [
+            value for update in started(page, model, name, **given) for value in update.items()
+        ]
     finally:
         LocalContext.in_event_listener.reset(listening)
     return {x.elem_id or getattr(x, "label", None): value for x, value in updates}
@@ -99,6 +105,18 @@ def test_images_of_a_single_step_are_finished_without_a_slider(tmp_path, event, 
         values = shown(page_of(model, tmp_path), model, event)
         given = values[slider].constructor_args
         assert given["value"] == steps and given["visible"] == (steps > 1)
+
+
+@pytest.mark.parametrize("event", ["draw_images", "edit_picture", "draw_both"])
+def test_a_request_that_is_stopped_while_it_waits_is_not_computed(tmp_path, event, monkeypatch):
+    monkeypatch.setattr(playback, "WAIT_SECONDS", 0)
+    model = DemoModel("fake", Sampler())
+    request = started(page_of(model, tmp_path), model, event)
+    with MODEL_LOCK:  # as a stopped computation still does
+        for _ in range(3):
+            assert playback.WAITING in next(request).values()
+        request.close()
+    assert not model.sampler.calls
 
 
 def linked(folder, query):

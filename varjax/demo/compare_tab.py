@@ -14,7 +14,14 @@ from varjax.demo.controls import (
 )
 from varjax.demo.drawing import DemoModel, checked_drawing
 from varjax.demo.picture_grid import Film
-from varjax.demo.playback import COMPUTATION, played_drawing, shown_errors, speed_note
+from varjax.demo.playback import (
+    COMPUTATION,
+    WAITING,
+    played_drawing,
+    shown_errors,
+    speed_note,
+    wait_for_model,
+)
 
 
 def add_compare_tab(models: Sequence[DemoModel], compiled: set[Any]) -> None:
@@ -54,6 +61,8 @@ def add_compare_tab(models: Sequence[DemoModel], compiled: set[Any]) -> None:
             for chosen, own, (_, controls, _, _) in zip((left, right), divided, sides, strict=True):
                 _, options = read_controls(controls, chosen, own)
                 drawings.append(checked_drawing(models[chosen], labels, count, seed, options))
+        for _ in wait_for_model():
+            yield {note: WAITING for _, _, note, _ in sides}
         yield {note: "" for _, _, note, _ in sides}
         drawn: list[Film] = []
         for drawing, (_, _, note, pictures) in zip(drawings, sides, strict=True):

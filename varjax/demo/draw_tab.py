@@ -12,11 +12,13 @@ from varjax.demo.controls import add_model_controls, add_seed, link_query, read_
 from varjax.demo.drawing import DemoModel, checked_drawing
 from varjax.demo.playback import (
     COMPUTATION,
+    WAITING,
     connect_step_slider,
     played_drawing,
     shown_errors,
     speed_note,
     step_slider,
+    wait_for_model,
 )
 from varjax.errors import InputError
 
@@ -82,6 +84,8 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: se
         with shown_errors():
             labels, options = read_controls(controls, chosen, values)
             drawing = checked_drawing(models[chosen], labels, count, seed, options)
+        for _ in wait_for_model():
+            yield {note: WAITING}
         compiles = drawing.program not in compiled
         compiling = "compiling the program for these options and this number of images …"
         yield {note: compiling if compiles else ""}

@@ -16,11 +16,13 @@ from varjax.demo.picture_grid import ImageTexts, picture_grid
 from varjax.demo.picture_source import add_picture_source
 from varjax.demo.playback import (
     COMPUTATION,
+    WAITING,
     connect_step_slider,
     played_steps,
     shown_errors,
     speed_note,
     step_slider,
+    wait_for_model,
 )
 from varjax.storage import image_io
 from varjax.storage.picture_text import image_text
@@ -90,6 +92,8 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
             request = checked_page_edit(
                 models[chosen], mode, picture, painted(editor, shape), settings, options
             )
+        for _ in wait_for_model():
+            yield {note: WAITING}
         compiles = request.program not in compiled
         shown = request.shown()
         channels = max(image.shape[-1] for image in shown.values())

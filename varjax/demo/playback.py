@@ -9,13 +9,15 @@ from typing import Any
 import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-from varjax.demo.drawing import Drawing, DrawnStep, draw_steps
+from varjax.demo.drawing import MODEL_LOCK, Drawing, DrawnStep, draw_steps
 from varjax.demo.picture_grid import Film, ImageTexts
 from varjax.errors import InputError
 
 COMPUTATION = "computation"  # what Gradio runs one at a time, and queues
 FILM_SECONDS = 2.0  # of the frames of a request, together
 MOST_FRAMES = 16  # of these, where drawing is faster; the slider shows all steps
+WAIT_SECONDS = 0.5  # between two looks whether a computation has ended
+WAITING = "waiting for a stopped computation, which ends with the images in progress …"
 
 
 @contextlib.contextmanager
@@ -25,6 +27,17 @@ def shown_errors() -> Iterator[None]:
         yield
     except InputError as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from error
+
+
+def wait_for_model() -> Iterator[None]:
+    """Yields twice a second while the computation of an earlier, cancelled request still runs.
+
+    Gradio ends a request that is stopped, or whose page is closed, only where its function yields.
+    A function that waited for the lock instead would then compute for nobody.
+    """
+    while MODEL_LOCK.locked():
+        yield
+        time.sleep(WAIT_SECONDS)
 
 
 def played_drawing(drawing: Drawing) -> Iterator[tuple[Film, int, float]]:
