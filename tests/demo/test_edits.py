@@ -18,6 +18,7 @@ from varjax.storage import image_io
 SETTINGS = {"label": 3, "count": 2, "seed": 4, "keep_scales": 2, "paste": False}
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(256, size=(8, 8), dtype=np.uint8))
 LEFT_HW = np.arange(8)[None].repeat(8, axis=0) < 4
+DOT_HW = np.arange(64).reshape(8, 8) == 20
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,8 @@ def test_scales_are_kept_to_vary_and_upscale(model):
         ("in-paint", {"picture": None}, "no picture yet"),
         ("in-paint", {"painted_HW": None}, "nothing is painted"),
         ("in-paint", {"painted_HW": ~LEFT_HW & LEFT_HW}, "nothing is painted"),
+        ("in-paint", {"painted_HW": DOT_HW}, r"no token \(2x2 pixels\) .* paint a larger"),
+        ("out-paint", {"painted_HW": DOT_HW}, "paint a larger"),
         ("out-paint", {"painted_HW": LEFT_HW | ~LEFT_HW}, "nothing is left to draw"),
         ("change class", {"label": None}, "choose the class"),
         ("upscale", {}, "upscaling takes less than the model's 8x8"),

@@ -20,7 +20,7 @@ from varjax.demo.drawing import (
     static_options,
 )
 from varjax.errors import InputError
-from varjax.sampling.edit_masks import mask_tokens
+from varjax.sampling.edit_masks import white_tokens
 from varjax.sampling.outputs import check_finite_images
 from varjax.sampling.paste import paste
 from varjax.storage import image_io
@@ -119,8 +119,14 @@ def checked_page_edit(
             raise InputError("nothing is painted: paint over the parts to redraw, or to keep")
         if mode == "change class" and label == sampler.classes:
             raise InputError("choose the class that the painted parts become")
-        redraw_hw = mask_tokens(painted_HW.astype(np.float32), sampler.edit_shape, "the mask")
-        redraw_hw = ~redraw_hw if mode == "out-paint" else redraw_hw
+        painted_hw = white_tokens(painted_HW.astype(np.float32), sampler.edit_shape)
+        if not painted_hw.any():
+            (H, W, _), (h, w) = sampler.image_shape, sampler.edit_shape
+            raise InputError(
+                f"no token ({W // w}x{H // h} pixels) is painted by more than half: paint a larger "
+                "part"
+            )
+        redraw_hw = ~painted_hw if mode == "out-paint" else painted_hw
         if not redraw_hw.any():
             raise InputError("everything is painted: nothing is left to draw outside")
     return PageEdit(

@@ -72,8 +72,7 @@ def mask_tokens(
     Raises:
         InputError: no token is white.
     """
-    (H, W), (h, w) = white_HW.shape, finest
-    white_hw = white_HW.reshape(h, H // h, w, W // w).mean(axis=(1, 3)) > 0.5
+    white_hw = white_tokens(white_HW, finest)
     if not white_hw.any():
         raise InputError(
             f"{name} leaves nothing to draw: paint the parts to redraw in opaque white"
@@ -85,3 +84,9 @@ def mask_tokens(
             file=sys.stderr,
         )
     return white_hw
+
+
+def white_tokens(white_HW: np.ndarray, finest: tuple[int, int]) -> np.ndarray:
+    """Returns whether more than half of each token's pixels (h, w) are white; see `mask_tokens`."""
+    (H, W), (h, w) = white_HW.shape, finest
+    return white_HW.reshape(h, H // h, w, W // w).mean(axis=(1, 3)) > 0.5
