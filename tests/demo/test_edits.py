@@ -87,6 +87,18 @@ def test_results_are_refused_if_the_page_cannot_keep_them_after_all_steps(model,
         results(model, "vary", count=3)
 
 
+def test_only_requests_of_one_program_are_known_to_be_compiled(model):
+    small = PICTURE.resize((4, 4)), PICTURE.resize((2, 2))
+
+    def program(mode, picture=PICTURE, **options):
+        return checked_page_edit(model, mode, picture, LEFT_HW, SETTINGS, options).program
+
+    assert program("in-paint") == program("change class", top_k=3)
+    programs = [program("in-paint"), program("vary"), *(program("upscale", x) for x in small)]
+    programs += [program("in-paint", guidance=guidance) for guidance in (2.0, (1.0, 2.0, 3.0))]
+    assert len(set(programs)) == 5  # that of a guidance of 2 is the first one
+
+
 @pytest.mark.parametrize("mode", ["vary", "upscale"])
 def test_modes_of_another_model_on_the_page_are_refused(mode):
     with pytest.raises(InputError, match=f"only a model .*VAR.* can {mode} an image"):

@@ -218,9 +218,12 @@ def flag_text(value: Any) -> str:
 
 
 def static_options(options: Any) -> tuple[Any, ...]:
-    """Returns the values of the options that need a new compilation when they change."""
-    fields = [field for field in dataclasses.fields(options) if field.metadata["static"]]
-    return tuple(getattr(options, field.name) for field in fields)
+    """Returns what programs depend on: the values of static options, the shapes of others."""
+    return tuple(
+        value if field.metadata["static"] else np.shape(value)
+        for field in dataclasses.fields(options)
+        for value in [getattr(options, field.name)]
+    )
 
 
 def part_size(sampler: Sampler, options: Any, images: int) -> int:

@@ -63,7 +63,9 @@ class PageEdit:
     def program(self) -> tuple[Any, ...]:
         """Returns what the compiled program depends on, so that an equal one is not compiled."""
         size = part_size(self.model.sampler, self.options, self.count)
-        return "edit", self.model.location, size, static_options(self.options)
+        kind = self.mode if self.mode in SCALED else "edit"
+        shape, options = self.image_HWC.shape, static_options(self.options)
+        return kind, self.model.location, size, shape, options
 
     def shown(self) -> dict[str, np.ndarray]:
         """Returns what the results are shown with, by name: the original, and what is redrawn."""
