@@ -212,6 +212,7 @@ def test_one_page_at_a_time_is_computed_and_stopped(server, chromium, slow_parts
     second.goto(f"{address}?labels=3,none&count=1&seed=1")
     second.wait_for_selector("text=queue: 1/1", timeout=20_000)
     first.click("#stop")
+    first.wait_for_selector("#note >> text=stopped", timeout=20_000)
     second.wait_for_selector(DRAWN, timeout=180_000)
     stopped = parts(log)
     assert stopped < start + 8

@@ -119,6 +119,26 @@ def test_a_request_that_is_stopped_while_it_waits_is_not_computed(tmp_path, even
     assert not model.sampler.calls
 
 
+def test_what_belongs_to_earlier_images_is_gone_while_others_are_drawn(tmp_path):
+    model = DemoModel("fake", Sampler())
+    update = next(started(page_of(model, tmp_path), model, "draw_images"))
+    values = {component.elem_id: value for component, value in update.items()}
+    assert not values["download"].visible and not values["step"].visible
+    assert values["command"] == values["snippet"] == values["link"] == "" and values[None] is None
+
+
+def test_a_note_of_a_stopped_request_does_not_say_that_it_runs(tmp_path):
+    page = page_of(DemoModel("fake", Sampler()), tmp_path)
+    ends = [x for x in page.fns.values() if x.name == "end_notes"]
+    assert len(ends) == 3 * 2  # of three tabs, by a button or an error
+    for event in ends:
+        for text, ended in ((playback.DRAWING, "stopped"), ("2 images in 1 s", gr.skip())):
+            # The other note of two is empty.
+            values = event.fn(text, *[None] * (len(event.outputs) - 1))
+            assert [*values] == event.outputs
+            assert [*values.values()] == [ended, *[gr.skip()] * (len(event.outputs) - 1)]
+
+
 def linked(folder, query):
     """Returns what a link sets: a value of each control, and whether to draw."""
     page = page_of(DemoModel("fake", Sampler()), folder)

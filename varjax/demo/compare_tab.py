@@ -16,7 +16,9 @@ from varjax.demo.drawing import DemoModel, checked_drawing
 from varjax.demo.picture_grid import Film
 from varjax.demo.playback import (
     COMPUTATION,
+    DRAWING,
     WAITING,
+    connect_stop,
     played_drawing,
     shown_errors,
     speed_note,
@@ -63,13 +65,14 @@ def add_compare_tab(models: Sequence[DemoModel], compiled: set[Any]) -> None:
                 drawings.append(checked_drawing(models[chosen], labels, count, seed, options))
         for _ in wait_for_model():
             yield {note: WAITING for _, _, note, _ in sides}
-        yield {note: "" for _, _, note, _ in sides}
+        notes = dict.fromkeys((note for _, _, note, _ in sides), "")
+        yield {**notes, films: None, done: gr.Slider(visible=False)}
         drawn: list[Film] = []
         for drawing, (_, _, note, pictures) in zip(drawings, sides, strict=True):
             compiles = drawing.program not in compiled
-            yield {note: "compiling …" if compiles else "drawing …"}
+            yield {note: "compiling …" if compiles else DRAWING}
             for film, shown, seconds in played_drawing(drawing):  # noqa: B007  (the last)
-                yield {pictures: film.frame(shown), note: "drawing …"}
+                yield {pictures: film.frame(shown), note: DRAWING}
             drawn.append(film)
             compiled.add(drawing.program)
             yield {note: f"{speed_note(film, seconds, compiles)}\n\n`{drawing.command()}`"}
@@ -84,9 +87,12 @@ def add_compare_tab(models: Sequence[DemoModel], compiled: set[Any]) -> None:
         concurrency_limit=1,
         show_progress_on=[side[3] for side in sides],
     )
-    stop.click(None, cancels=[drawn])
+    connect_stop(stop, drawn, [side[2] for side in sides])
     done.input(
-        lambda films, done: [film.frame(round(film.steps * done / 100)) for film in films],
+        lambda films, done: [
+            film.frame(round(film.steps * done / 100)) if film else gr.skip()
+            for film in films or (None, None)
+        ],
         [films, done],
         [side[3] for side in sides],
         concurrency_limit=None,

@@ -12,8 +12,10 @@ from varjax.demo.controls import add_model_controls, add_seed, link_query, read_
 from varjax.demo.drawing import DemoModel, checked_drawing
 from varjax.demo.playback import (
     COMPUTATION,
+    DRAWING,
     WAITING,
     connect_step_slider,
+    connect_stop,
     played_drawing,
     shown_errors,
     speed_note,
@@ -88,9 +90,16 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: se
             yield {note: WAITING}
         compiles = drawing.program not in compiled
         compiling = "compiling the program for these options and this number of images …"
-        yield {note: compiling if compiles else ""}
+        # What belongs to the images before must not stand next to unfinished ones.
+        yield {
+            note: compiling if compiles else DRAWING,
+            step: gr.Slider(visible=False),
+            download: gr.DownloadButton(visible=False),
+            **dict.fromkeys((command, snippet, link), ""),
+            drawn_film: None,
+        }
         for film, shown, seconds in played_drawing(drawing):  # noqa: B007  (the last)
-            yield {pictures: film.frame(shown), note: ""}
+            yield {pictures: film.frame(shown), note: DRAWING}
         # Each drawing has its own address, since browsers may reuse a download of the same one.
         file = pathlib.Path(tempfile.mkdtemp(dir=folder)) / "samples.zip"
         file.write_bytes(film.archive())
@@ -116,7 +125,7 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: se
         show_progress_on=pictures,
     )
     drawn.success(None, link, link, js=SHOW_LINK)
-    stop.click(None, cancels=[drawn])
+    connect_stop(stop, drawn, [note])
     connect_step_slider(step, drawn_film, pictures)
 
     def read_link(request: gr.Request) -> list[Any]:

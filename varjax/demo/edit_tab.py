@@ -16,8 +16,10 @@ from varjax.demo.picture_grid import ImageTexts, picture_grid
 from varjax.demo.picture_source import add_picture_source
 from varjax.demo.playback import (
     COMPUTATION,
+    DRAWING,
     WAITING,
     connect_step_slider,
+    connect_stop,
     played_steps,
     shown_errors,
     speed_note,
@@ -100,7 +102,9 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
         images = [np.broadcast_to(x, (*x.shape[:2], channels)) for x in shown.values()]
         yield {
             before: picture_grid(np.stack(images), ImageTexts([*shown])),
-            note: "compiling …" if compiles else "drawing …",
+            note: "compiling …" if compiles else DRAWING,
+            step: gr.Slider(visible=False),
+            film: None,
         }
         made_by = {"mode": mode, **settings, **dataclasses.asdict(request.options)}
         made_by |= request.model.sampler.identity()
@@ -113,7 +117,7 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
         steps = itertools.chain.from_iterable(steps_of_part(*part) for part in edit_parts(request))
         played = played_steps(steps, texts, request.count)
         for last, shown_step, seconds in played:  # noqa: B007  (the last)
-            yield {results: last.frame(shown_step)}
+            yield {results: last.frame(shown_step), note: DRAWING}
         compiled.add(request.program)
         yield {
             film: last,
@@ -138,7 +142,7 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
         concurrency_limit=1,
         show_progress_on=results,
     )
-    stop.click(None, cancels=[edited])
+    connect_stop(stop, edited, [note])
     connect_step_slider(step, film, results)
 
 

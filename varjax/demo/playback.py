@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
@@ -17,6 +17,7 @@ COMPUTATION = "computation"  # what Gradio runs one at a time, and queues
 FILM_SECONDS = 2.0  # of the frames of a request, together
 MOST_FRAMES = 16  # of these, where drawing is faster; the slider shows all steps
 WAIT_SECONDS = 0.5  # between two looks whether a computation has ended
+DRAWING = "drawing …"
 WAITING = "waiting for a stopped computation, which ends with the images in progress …"
 
 
@@ -91,6 +92,24 @@ def played_steps(
                 latest = []
                 yield Film(np.concatenate(finished), texts), S, seconds
             shown_at = time.monotonic()
+
+
+def connect_stop(stop: Any, event: Any, notes: Sequence[Any]) -> None:
+    """Lets a button cancel an event, and ends the notes that say that it is running.
+
+    Args:
+        stop: button that cancels the event.
+        event: listener that computes images.
+        notes: components whose text ends in "…" while it is running.
+    """
+
+    def end_notes(*texts: str | None):
+        ended = ["stopped" if (text or "").endswith("…") else gr.skip() for text in texts]
+        return dict(zip(notes, ended, strict=True))
+
+    settings: dict[str, Any] = {"inputs": [*notes], "outputs": [*notes], "show_progress": "hidden"}
+    stop.click(end_notes, **settings, cancels=[event], concurrency_limit=None)
+    event.failure(end_notes, **settings, concurrency_limit=None)
 
 
 def step_slider(film: Film, label: str) -> Any:
