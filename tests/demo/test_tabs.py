@@ -13,13 +13,15 @@ from PIL import Image
 
 from tests.helpers.fake_sampler import FakeSampler
 from varjax.demo.drawing import MODEL_LOCK, DemoModel
+from varjax.demo.inside import Insides
 from varjax.errors import InputError
 from varjax.storage import image_io
+from varjax.tokenizers.vq.pyramid import Pyramid
 
 gr = pytest.importorskip("gradio", reason='needs Gradio: pip install ".[demo]"')
 from gradio.context import LocalContext  # noqa: E402  (needs Gradio)
 
-from varjax.demo import playback  # noqa: E402
+from varjax.demo import inside_tab, playback  # noqa: E402
 from varjax.demo.page import make_page  # noqa: E402
 from varjax.demo.server import serve_page  # noqa: E402
 
@@ -137,6 +139,33 @@ def test_a_note_of_a_stopped_request_does_not_say_that_it_runs(tmp_path):
             values = event.fn(text, *[None] * (len(event.outputs) - 1))
             assert [*values] == event.outputs
             assert [*values.values()] == [ended, *[gr.skip()] * (len(event.outputs) - 1)]
+
+
+def test_a_click_on_the_shown_map_is_one_on_its_scale(tmp_path, monkeypatch):
+    sampler = Sampler()
+    sampler.tokenizer = types.SimpleNamespace(pyramid=Pyramid((1, 2, 4)))
+    page = page_of(DemoModel("fake", sampler, keeps_scales=True), tmp_path)
+    event = next(x for x in page.fns.values() if x.name == "show_alternatives")
+    image_HWC = np.zeros((8, 8, 1), np.uint8)
+
+    def likeliest_codes(model, tokens_BL, label, scale, position):
+        return {"code 0": image_HWC}, f"scale {scale + 1}"
+
+    monkeypatch.setattr(inside_tab, "likeliest_codes", likeliest_codes)
+    insides, click = (0, np.zeros((1, 21), int)), types.SimpleNamespace(index=[0, 0])
+    for chosen, shown_scale in ((2, 2), (10, 3)):  # the slider has the scales of another model
+        assert event.fn(insides, chosen, None, click)[0] == f"scale {shown_scale}"
+
+
+def test_alternatives_of_an_earlier_picture_are_gone(tmp_path, monkeypatch):
+    page = page_of(DemoModel("fake", Sampler()), tmp_path)
+    event = next(x for x in page.fns.values() if x.name == "show_insides")
+    image_HWC = np.zeros((8, 8, 1), np.uint8)
+    found = Insides({"original": image_HWC}, {"error": image_HWC}, "PSNR 9 dB")
+    monkeypatch.setattr(inside_tab, "look_inside", lambda *_: found)
+    values = dict(zip(event.outputs, event.fn(Image.new("L", (8, 8)), 0, 1), strict=True))
+    values = {component.elem_id: value for component, value in values.items()}
+    assert values["own"] == values["alternatives"] == "" and values["summary"] == "PSNR 9 dB"
 
 
 def linked(folder, query):

@@ -66,6 +66,8 @@ def add_inside_tab(models: Sequence[DemoModel], drawn_film: Any) -> None:
             found.summary,
             (chosen, found.tokens_BL),
             _tokens_of_scale(models, (chosen, found.tokens_BL), scale),
+            "",
+            "",
         ]
 
     def show_alternatives(insides: Any, scale: int, label: int | None, event: gr.SelectData):
@@ -76,7 +78,7 @@ def add_inside_tab(models: Sequence[DemoModel], drawn_film: Any) -> None:
             label = models[chosen].sampler.classes if label is None else label
             x, y = event.index[0], event.index[1]
             position = y / (2 * MAP_SIDE), x / (2 * MAP_SIDE)
-            k = int(scale) - 1
+            k = _scale_index(models, insides, scale)
             found, about = likeliest_codes(models[chosen], tokens_BL, label, k, position)
         return about, _grid(found)
 
@@ -89,7 +91,7 @@ def add_inside_tab(models: Sequence[DemoModel], drawn_film: Any) -> None:
     look.click(
         show_insides,
         [source.picture, choice, scale],
-        [images, maps, summary, insides, tokens],
+        [images, maps, summary, insides, tokens, own, alternatives],
         concurrency_id=COMPUTATION,
         concurrency_limit=1,
         show_progress_on=images,
@@ -117,12 +119,17 @@ def _scales(models: Sequence[DemoModel]) -> int:
     return max([2, *(sampler.steps(sampler.options()) for sampler in scaled)])
 
 
+def _scale_index(models: Sequence[DemoModel], insides: Any, scale: int) -> int:
+    """Returns the index of a scale of the slider, which may exceed the scales of the model."""
+    return min(int(scale), len(models[insides[0]].sampler.tokenizer.pyramid)) - 1
+
+
 def _tokens_of_scale(models: Sequence[DemoModel], insides: Any, scale: int) -> Any:
     """Returns the token map of a scale as an image; None if there is none."""
     if insides is None or insides[1] is None:
         return None
     pyramid = models[insides[0]].sampler.tokenizer.pyramid
-    k = min(int(scale), len(pyramid)) - 1
+    k = _scale_index(models, insides, scale)
     colors = code_colors(insides[1][0, pyramid.slices[k]].reshape(pyramid.shapes[k]))
     return colors.repeat(2, axis=0).repeat(2, axis=1)
 
