@@ -2,7 +2,7 @@
 
 python -m tests.helpers.demo_server LOG --weights=DIR --port=PORT
 
-While there is a file LOG.slow, each part of a drawing takes half a second longer.
+While there is a file LOG.slow, each part of a drawing takes two seconds longer.
 """
 
 import pathlib
@@ -48,7 +48,7 @@ def watch_parts(log: pathlib.Path) -> None:
 
     def watched_parts(*arguments):
         write(log, "part")
-        time.sleep(0.5 * slow_file(log).exists())
+        time.sleep(2 * slow_file(log).exists())
         yield from sample_parts(*arguments)
 
     drawing.sample_parts = watched_parts
