@@ -31,7 +31,7 @@ from varjax.metrics.features import FeatureExtractor, FeatureNetwork, pixel_netw
 from varjax.metrics.image_sets import open_image_set
 from varjax.sampling.job import SamplingJob
 from varjax.sampling.option_sweep import parse_sweep
-from varjax.storage import files
+from varjax.storage import files, image_io
 from varjax.var.sample import VAROptions
 
 PIXELS = ["--features=pixels", "--reference=digits", "--cache=cache"]
@@ -195,6 +195,14 @@ def sweep(monkeypatch):
         return run(*flags, "--sweep", *arguments)
 
     return run_sweep, model
+
+
+def test_the_picture_of_a_sweep_does_not_become_an_image_of_the_reference(sweep, capsys, tmp_path):
+    run_sweep, model = sweep
+    for number in range(40):
+        image_io.write_png(tmp_path / f"{number}.png", np.zeros((8, 8, 1), np.uint8))
+    assert run_sweep("guidance=2,3", reference=f"folder:{tmp_path}") == 1
+    assert "out=a.json: is inside" in capsys.readouterr().err and model.calls == 0
 
 
 def test_a_sweep_continues_with_more_values(sweep, tmp_path):

@@ -29,6 +29,7 @@ import jax
 
 from varjax.analysis.pyplot import load_pyplot
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags, companions
+from varjax.data.sources import Folder
 from varjax.errors import InputError
 from varjax.evaluation.evaluate import (
     begun_batch_size_of_report,
@@ -39,7 +40,12 @@ from varjax.evaluation.evaluate import (
 )
 from varjax.evaluation.image_crop import AUTO, CROP_HELP, CROPS, choose_crop
 from varjax.evaluation.published import evaluation_options
-from varjax.evaluation.references import EvaluationSettings, check_reference, is_dataset
+from varjax.evaluation.references import (
+    EvaluationSettings,
+    check_reference,
+    dataset_of,
+    is_dataset,
+)
 from varjax.evaluation.sweep import (
     SweepPoint,
     check_sweep_output,
@@ -150,6 +156,11 @@ def evaluate(arguments: list[str]) -> None:
         if first:
             print_report(report)
         return
+    # The picture would become an image of the reference.
+    if is_dataset(flags.reference):
+        data = dataset_of(settings, model.image_shape)
+        if isinstance(data, Folder):
+            data.check_outside("out", out)
     # The options of all points are checked before the first one is drawn.
     chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(sweep, options)]
     check_guide_is_used(flags.guide, [options for _, options in chosen])

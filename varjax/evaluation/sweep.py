@@ -103,6 +103,7 @@ def check_sweep_output(out: pathlib.Path, points: Sequence[Mapping[str, Any]]) -
             not exist, but a picture of its name does.
     """
     picture = picture_path(out)
+    replace = f"delete {out}, {picture} and {out.stem}.*{out.suffix}, or choose another out"
     if not out.exists():
         if picture.exists():
             raise InputError(
@@ -122,14 +123,14 @@ def check_sweep_output(out: pathlib.Path, points: Sequence[Mapping[str, Any]]) -
     if lost := [name for name in map(options_text, existing) if name not in names]:
         raise InputError(
             f"{out} is a sweep with points that would be lost: {'; '.join(lost[:SHOWN_POINTS])}"
-            f"{' …' * (len(lost) > SHOWN_POINTS)}. Sweep their values too, delete it, or choose "
-            "another out"
+            f"{' …' * (len(lost) > SHOWN_POINTS)}. Sweep their values too, with the options in "
+            f"this order; or {replace}"
         )
     for point in existing:
         if not (report := point_path(out, point)).exists():
             raise InputError(
                 f"{out} is a sweep, but the report of a point, {report}, is missing, so the sweeps "
-                "cannot be compared; delete it or choose another out"
+                f"cannot be compared; {replace}"
             )
 
 
