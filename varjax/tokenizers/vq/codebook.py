@@ -1,7 +1,6 @@
 """Remedies for an unhealthy codebook: k-means, restarts, scale dropout, and an entropy loss."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -200,20 +199,24 @@ def kmeans(z_NZ: jax.Array, vocab: int, key: jax.Array) -> jax.Array:
     order_N = jax.random.permutation(order_key, len(z_NZ))
     start_VZ = _add_noise(z_NZ[order_N[jnp.arange(vocab) % len(z_NZ)]], noise_key)
     # All distances at once would take 16 V² numbers: 17 GB for 16,384 codes.
-    z_PMZ = z_NZ.reshape(-1, math.gcd(len(z_NZ), KMEANS_PIECE), z_NZ.shape[-1])
+    N, Z = z_NZ.shape
+    M = min(N, KMEANS_PIECE)
+    z_PMZ = jnp.pad(z_NZ, ((0, -N % M), (0, 0))).reshape(-1, M, Z)
+    real_PM = (jnp.arange(N + -N % M) < N).reshape(-1, M)
 
     def iterate(codes_VZ, _):
         norm_1V = jnp.sum(jnp.square(codes_VZ), axis=-1)[None]
 
-        def add_piece(sums, z_MZ):
-            sum_VZ, count_V1 = sums
+        def add_piece(sums, piece):
+            (sum_VZ, count_V1), (z_MZ, real_M) = sums, piece
             dot_MV = jnp.einsum("MZ,VZ->MV", z_MZ, codes_VZ, precision="highest")
-            nearest_MV = jax.nn.one_hot(jnp.argmin(norm_1V - 2 * dot_MV, axis=-1), vocab)
+            nearest_M = jnp.argmin(norm_1V - 2 * dot_MV, axis=-1)
+            nearest_MV = jax.nn.one_hot(jnp.where(real_M, nearest_M, vocab), vocab)
             sum_VZ += jnp.einsum("MV,MZ->VZ", nearest_MV, z_MZ, precision="highest")
             return (sum_VZ, count_V1 + jnp.sum(nearest_MV, axis=0)[:, None]), None
 
         zeros = jnp.zeros_like(codes_VZ), jnp.zeros((vocab, 1))
-        (sum_VZ, count_V1), _ = jax.lax.scan(add_piece, zeros, z_PMZ)
+        (sum_VZ, count_V1), _ = jax.lax.scan(add_piece, zeros, (z_PMZ, real_PM))
         return jnp.where(count_V1 > 0, sum_VZ / jnp.maximum(count_V1, 1), codes_VZ), None
 
     return jax.lax.scan(iterate, start_VZ, None, KMEANS_ITERATIONS)[0]
