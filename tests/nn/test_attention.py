@@ -212,10 +212,8 @@ def test_the_splash_kernel_trains_on_tpus_alone():
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_a_fused_kernel_that_the_machine_does_not_have_is_refused(kernel):
-    compute, says = (
-        ComputeConfig(attention_impl=kernel),
-        f"attention_impl={kernel}: .* not for .*cpu",
-    )
+    compute = ComputeConfig(dtype="bfloat16", attention_impl=kernel)
+    says = f"attention_impl={kernel}: .* not for .*cpu"
     with pytest.raises(InputError, match=says):
         compute.attention_implementation()
     tasks = [VARTask(runs.VAR, runs.TOKENIZER, "random", compute=compute)]

@@ -102,7 +102,9 @@ class ComputeConfig:
                     "choose auto"
                 )
             return "grouped" if cached else "splash"
-        if self.attention_impl == "cudnn" and not self._has_cudnn:
+        # In other formats than bfloat16, attention is not fused, on any machine.
+        fused = self.attention_impl == "cudnn" and self.jax_dtype == jnp.bfloat16
+        if fused and not self._has_cudnn:
             raise InputError(
                 "attention_impl=cudnn: this kernel is for NVIDIA's GPUs, Ampere or later, not for "
                 f"this {self.target}; choose auto"
