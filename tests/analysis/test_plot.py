@@ -203,7 +203,10 @@ def test_a_damaged_run_of_a_folder_is_left_out(tmp_path, capsys):
     (tmp_path / "runs" / "$bad$" / "config.json").write_text("{")
     assert main(["runs", "--out=one.png"]) == 0
     assert "note: runs/$bad$ is left out: " in capsys.readouterr().err
-    assert main(["runs/$bad$", "--out=none.png"]) == 1
+    (tmp_path / "runs" / "good" / "config.json").write_text("{")
+    for location in ("runs/$bad$", "runs"):  # nothing is left to draw
+        assert main([location, "--out=none.png"]) == 1
+        assert "config.json is not valid JSON" in capsys.readouterr().err
 
 
 def test_many_runs_have_different_colors():

@@ -411,3 +411,8 @@ def test_the_command_prints_tables_and_writes_pictures(runs, tmp_path, capsys, f
     other = {"separate": "joint", "joint": "separate"}[fit]
     assert main([*runs, "--out=out", f"--fit={other}", "--resamples=0"]) == 0
     assert not any((tmp_path / "out" / f"{name}.png").exists() for name in names)
+    own = tmp_path / "own" / {"separate": "joint.png", "joint": "compute.png"}[fit]
+    own.parent.mkdir()
+    own.write_text("not of this command")
+    assert main([*runs, "--out=own", f"--fit={fit}", "--resamples=0"]) == 0
+    assert own.exists()

@@ -104,7 +104,7 @@ def read_ladder(directories: Sequence[str], weights: str = "") -> Ladder:
 
     Raises:
         InputError: a directory is not a run or is given twice, a run was not evaluated, has no
-            known size, or was trained on other data or tokens than the first.
+            known size, or has losses that measure something else than the first's.
     """
     # "a", "a/" and a link to it are one run.
     paths = [real_path(name) for name in directories]

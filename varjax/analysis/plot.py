@@ -317,7 +317,7 @@ def main(arguments: list[str]) -> int:
             try:
                 logs.append(read_run_log(directory))
             except InputError as error:
-                if directory in flags.runs:
+                if directory in flags.runs or directory == directories[-1] and not logs:
                     raise
                 print(f"note: {directory} is left out: {error}", file=sys.stderr)
         draw_curves(logs, flags.out, PUBLISHED_LOGS.get(flags.reference), flags.by_scale)

@@ -234,12 +234,13 @@ def main(arguments: list[str]) -> int:
         )
         print("\n".join(scaling_tables(ladder, report)))
         out = as_path(flags.out)
+        again = (out / "scaling.json").exists()
         files.write_json(out / "scaling.json", scaling_json(ladder, report))
         for against in (PARAMETERS, COMPUTE, JOINT):
             picture = out / f"{against.name}.png"
             if fits := report.fits.get(against.name):
                 draw_scaling(ladder, against, fits, picture)
-            else:
+            elif again:
                 files.remove(picture)  # of an earlier call, whose scaling.json is replaced
         print(f"written to {out}")
 
