@@ -249,7 +249,7 @@ def _without_later_names(
 
 def _open_locked(folder: pathlib.Path, wait: bool) -> int:
     """Opens and locks the folder's lock file; InputError if another process holds the lock."""
-    path = folder / LOCK_FILE
+    path, again = folder / LOCK_FILE, not wait
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         # NFS locks only files that are open for writing.
@@ -260,6 +260,11 @@ def _open_locked(folder: pathlib.Path, wait: bool) -> int:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except (BlockingIOError, PermissionError):
+                if again:  # `is_locked` of another process may hold it for an instant
+                    os.close(descriptor)
+                    again = False
+                    time.sleep(0.05)
+                    continue
                 holder = os.read(descriptor, 200).decode(errors="replace")
                 raise InputError(
                     f"another process {f'({holder}) ' if holder else ''}is using {folder}; wait "
