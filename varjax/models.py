@@ -324,7 +324,8 @@ def load(
     _, config, params, options = read_model(weights, ema)
     tokenizer, tokenizer_params = None, {}
     if family.needs_tokenizer or weights.config.keys() & {"task", "tokenizer"}:
-        tokenizer, tokenizer_params = read_tokenizer(weights)
+        # Not at a step, which a run in progress may have replaced since it was read.
+        tokenizer, tokenizer_params = read_tokenizer(dataclasses.replace(weights, step=None))
     model: Any = family.pipeline(
         tokenizer,
         config,

@@ -105,7 +105,8 @@ def _write_random(name, models, sampling) -> pathlib.Path:
             part: (config, trees.paths(random_params(config.init)))
             for part, config in models.items()
         }
-        write_converted(folder, leaves, {}, sampling)
+        # Another process may have written it; only what names its sources is replaced.
+        write_converted(folder, leaves, {"drawn": "at random"}, sampling)
     return folder
 
 

@@ -260,7 +260,7 @@ def test_no_module_takes_paths_for_those_of_a_disk():
     local |= {"convert/pretrained.py", "data/array_record.py"}  # of the Hub; temporaries
     local |= {"benchmark/partitioning.py", "evaluation/digits_report.py"}
     local |= {"benchmark/checksum.py", "data/sources/tfds.py"}  # a temporary; a local copy
-    local |= {"sampling/rejection.py", "demo/__main__.py"}  # temporary folders
+    local |= {"sampling/rejection.py", "demo/__main__.py", "demo/draw_tab.py"}  # temporary folders
     local |= {"checkpoints/class_names.py"}  # a file of the package
     local |= {"export/exported_model.py", "export/run.py"}  # they run without varjax
     local |= {"export/folder.py"}  # files of packages

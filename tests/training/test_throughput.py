@@ -57,7 +57,9 @@ def test_known_devices_have_their_published_peak(kind, tflops):
     assert hardware.published_peak_flops(kind) == tflops * 1e12
 
 
-@pytest.mark.parametrize("kind", ["NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU"])
+@pytest.mark.parametrize(
+    "kind", ["NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"]
+)
 def test_a_device_is_not_taken_for_a_faster_one_of_a_similar_name(kind):
     assert hardware.published_peak_flops(kind) is None
 

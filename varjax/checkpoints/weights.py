@@ -57,7 +57,7 @@ class WeightsDir:
         """Raises InputError if `ema` chooses between weights of which there is one set."""
         if ema is not None and self.task is None:
             raise InputError(
-                f"ema={ema}: {self.path} is no run, and has one set of weights; omit it"
+                f"ema={ema}: {self.path} is not a training run and has one set of weights; omit it"
             )
 
     def read_task_part(self, part: str, config_class: type) -> Any:
@@ -143,7 +143,7 @@ class WeightsDir:
         """
         if ema is not None and not self.trains_tokenizer:
             raise InputError(
-                f"ema={ema}: {self.path} has one set of weights of its tokenizer; omit it"
+                f"ema={ema}: the tokenizer of {self.path} has one set of weights; omit it"
             )
         if self.task is None:
             return self.read_converted("tokenizer", config_class)

@@ -158,12 +158,12 @@ def passes_notes(
     steps = math.ceil(MANY_PASSES / 4 * images / plan.batch_size)
     every = max(1, min(500, plan.steps // 10))  # patience counts evaluations, so it needs several
     loss = "eval_ema/loss" if ema else "eval/loss"
-    end = (
-        f" keep_best={loss} patience=5 keeps the best weights and ends the run when they no longer "
+    best = (
+        f" keep_best={loss} patience=5 keeps the best weights and ends the run when they no "
+        "longer improve"
     )
-    end += "improve"
-    if adversarial:  # with it, the other losses get worse, and the best would be from before
-        end = ""
+    # A discriminator makes the other losses worse, so the best would be from before its start.
+    end = "" if adversarial else best
     return [
         f"the run has {passes:,.0f} epochs of {images:,} training images, so the model may "
         f"memorize them. Compare the loss with that of held-out images: eval_every={every}{end}. "
