@@ -202,7 +202,7 @@ def test_the_picture_of_a_sweep_does_not_become_an_image_of_the_reference(sweep,
     for number in range(40):
         image_io.write_png(tmp_path / f"{number}.png", np.zeros((8, 8, 1), np.uint8))
     reference = f"folder:{tmp_path}"
-    assert run_sweep("guidance=2,3", "--crop=center", reference=reference) == 1
+    assert run_sweep("guidance=2,3", "--crop=adm", reference=reference) == 1
     assert "out=a.json: is inside" in capsys.readouterr().err and model.calls == 0
 
 
