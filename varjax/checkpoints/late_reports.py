@@ -12,11 +12,12 @@ _readers = 0  # threads in `late_reports_ignored`
 
 @contextlib.contextmanager
 def late_reports_ignored() -> Iterator[None]:
-    """Lets event loops that are made here be told something when they are closed already.
+    """Keeps event loops that are made here from printing errors that come after the first one.
 
     Orbax reads all arrays at the same time, in a new event loop, which it closes as soon as one
     read fails. TensorStore reports the others to the closed loop, and each report is an error that
-    Python prints, in the middle of other lines.
+    Python prints, in the middle of other lines. So is each failure that came before the loop was
+    closed, but that nobody asked for.
     """
     global _readers
     with _lock:
@@ -42,6 +43,11 @@ def _tolerant_event_loop() -> asyncio.AbstractEventLoop:
             if not loop.is_closed():
                 raise
 
+    def handle(loop, context):
+        if not isinstance(context.get("future"), asyncio.Task):
+            loop.default_exception_handler(context)
+
+    loop.set_exception_handler(handle)
     with contextlib.suppress(AttributeError):  # a loop of another package may allow no change
         loop.call_soon_threadsafe = call_soon_if_open
     return loop
