@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import tracemalloc  # noqa: F401  (the module warnings imports it to show one, at any moment)
 
 EXECUTION = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn"}
 EXECUTION |= {"socket.connect", "ctypes.dlopen"}
