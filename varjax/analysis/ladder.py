@@ -119,11 +119,12 @@ def read_ladder(directories: Sequence[str], weights: str = "") -> Ladder:
     for log in logs:
         if not log.points(f"{prefix}/loss")[0].size:
             others = [p for p in PREFIXES if p != prefix and log.points(f"{p}/loss")[0].size]
+            advice = "set eval_every when training"
+            if others:
+                advice = f"it has {others[0]}/loss, so use --weights={others[0]}"
             raise InputError(
-                f"{log.name} has no {prefix}/loss in its metrics.jsonl; "
-                + (f"it has {others[0]}/loss, " if others else "set eval_every when training, ")
-                + (f"so use --weights={others[0]}, " if others else "")
-                + "or leave this run out"
+                f"{log.name} has no {prefix}/loss in its metrics.jsonl; {advice}, or leave this "
+                "run out"
             )
     logs.sort(key=model_size)
     curves = {}

@@ -150,14 +150,15 @@ def _finish(
     path: pathlib.Path, class_names: tuple[str, ...], parts: Sequence[array_record.RecordShard]
 ) -> None:
     """Turns finished shards into a dataset, and removes temporary files."""
+    read = [(part, files.read_json(part.report_path)) for part in parts]
     reports: dict[str, list[dict[str, Any]]] = {}
-    for part in parts:
-        reports.setdefault(part.split, []).append(files.read_json(part.report_path))
+    for part, report in read:
+        reports.setdefault(part.split, []).append(report)
     for split, shard_reports in reports.items():
         if not any(report["images"] for report in shard_reports):
             name, reason = shard_reports[0]["broken"][0]
-            for part in parts:  # the next call reads the files again, which may be repaired
-                if not files.read_json(part.report_path)["images"]:
+            for part, report in read:  # the next call reads the files again, perhaps repaired
+                if not report["images"]:
                     files.remove(part.report_path)
             raise InputError(f"no {split} image can be read; the first is {name}: {reason}")
     summary = {

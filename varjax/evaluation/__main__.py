@@ -143,9 +143,9 @@ def evaluate(arguments: list[str]) -> None:
             }
         images = max(len(job.label_M) for job in jobs.values())
         # Reports that share what is drawn share its batch size, so any of them tells it.
-        begun = map(begun_batch_size_of_report, outs)
+        sizes = map(begun_batch_size_of_report, outs)
         size = choose_batch_size(
-            flags.batch_size, model, options, images, lambda: next(filter(None, begun), None)
+            flags.batch_size, model, options, images, lambda: next(filter(None, sizes), None)
         )
         jobs = {out: dataclasses.replace(job, batch_size=size) for out, job in jobs.items()}
         return evaluate_model(settings, model, flags.weights, jobs, classifier)
