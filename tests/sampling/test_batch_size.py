@@ -1,4 +1,4 @@
-"""--batch_size=auto: the arithmetic beside what compiled programs need."""
+"""Tests --batch_size=auto: memory estimates against compiled programs, and the size chosen."""
 
 import dataclasses
 import json
@@ -32,15 +32,15 @@ from varjax.var.model import VARConfig
 from varjax.var.network import VARModels, var_sampling_bytes
 from varjax.var.sample import VAROptions, sample_images, sample_tokens
 
-# Batches are computed whole, as on accelerators, but attention in groups: a CPU's compiler does not
-# keep its matrices as a GPU's does.
+# Batches are computed whole, as on accelerators. Attention is grouped, because a CPU's compiler,
+# unlike a GPU's, does not keep the attention matrices in memory.
 COMPUTE = ComputeConfig("float32", attention_impl="grouped", platform="tpu")
 BATCH = 8
-FEW_SCALES = SCALES_256[::3]  # the last scale, which counts, is the same
+FEW_SCALES = SCALES_256[::3]  # keeps the last scale, which needs the most memory
 
 
 def temporaries(function, *arguments):
-    """Bytes that a compiled program needs beside what goes in and comes out."""
+    """Returns the bytes that a compiled program needs besides its inputs and outputs."""
     abstract = jax.eval_shape(lambda: arguments)
     return jax.jit(function).lower(*abstract).compile().memory_analysis().temp_size_in_bytes
 
@@ -54,7 +54,7 @@ def labels():
 @pytest.mark.parametrize(
     ("guided", "scales"), [(True, SCALES_256), (False, FEW_SCALES), (True, SCALES_512[::3])]
 )
-def test_var_needs_what_the_arithmetic_says(labels, guided, scales):
+def test_var_memory_estimate_matches_the_compiled_program(labels, guided, scales):
     var = dataclasses.replace(VARConfig.preset("d16"), depth=2, scales=scales)
     tokenizer = VQConfig(scales=scales)
     params = jax.eval_shape(
@@ -66,14 +66,14 @@ def test_var_needs_what_the_arithmetic_says(labels, guided, scales):
         return sample_tokens(models, params, label_B, key_B, VAROptions(), guided=streams)[0]
 
     needed = temporaries(tokens, params, *labels)
-    # A small tokenizer, so that the transformer is what counts.
+    # With a small tokenizer, the transformer needs more memory than the decoder.
     small = dataclasses.replace(tokenizer, width=32)
     reckoned = var_sampling_bytes(VARModels(small, var, COMPUTE), BATCH, None if guided else 0)
     assert 0.95 < reckoned / needed < 2
 
 
 def attention_matrices(jaxpr, shape):
-    """Bytes of the largest array of a traced program whose last axes are `shape`; 0 without one."""
+    """Returns the bytes of a traced program's largest 4-axis array (_, _, *shape), or 0."""
     largest = 0
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
@@ -92,9 +92,9 @@ def is_jaxpr(value):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guided", [True, False])
-def test_var_s_plain_attention_needs_its_matrices_beside_the_rest(labels, guided):
-    """Read off the traced program: a CPU's compiler never holds them as a GPU's does."""
-    vocab = 2**14  # so many logits that the decoder does not count
+def test_var_memory_estimate_includes_the_matrices_of_plain_attention(labels, guided):
+    """Measures the traced program, because a CPU's compiler does not keep the matrices."""
+    vocab = 2**14  # makes the logits larger than the decoder's arrays
     var = VARConfig(depth=1, width=64, heads=2, scales=(1, 2, 16), vocab=vocab)
     tokenizer = VQConfig(scales=var.scales, width=32, vocab=vocab)
     params = jax.eval_shape(
@@ -118,12 +118,12 @@ def test_var_s_plain_attention_needs_its_matrices_beside_the_rest(labels, guided
         var_sampling_bytes(VARModels(tokenizer, var, c), BATCH, None if guided else 0)
         for c in (plain, grouped)
     ]
-    # The products of queries and keys, and their softmax.
+    # Two matrices count: the products of queries and keys, and their softmax.
     assert needed[0] - needed[1] == 2 * matrices(plain)
 
 
 @pytest.mark.slow
-def test_a_decoder_needs_what_the_arithmetic_says(labels):
+def test_decoder_memory_estimate_matches_the_compiled_program(labels):
     var = VARConfig(depth=1, width=64, heads=1, scales=FEW_SCALES)
     tokenizer = VQConfig(scales=FEW_SCALES)
     models = VARModels(tokenizer, var, COMPUTE)
@@ -138,7 +138,7 @@ def test_a_decoder_needs_what_the_arithmetic_says(labels):
     assert 0.95 < var_sampling_bytes(models, BATCH) / needed < 1.5
 
 
-def test_a_batch_that_has_no_good_pieces_is_decoded_whole():
+def test_a_batch_of_prime_size_is_decoded_whole():
     var, tokenizer = VARConfig(depth=1, width=64, heads=1), VQConfig()
     models = VARModels(tokenizer, var, COMPUTE)
     pieces, whole = (var_sampling_bytes(models, n) for n in (128, 127))
@@ -150,7 +150,7 @@ def test_a_batch_that_has_no_good_pieces_is_decoded_whole():
     ("steps", "changes"),
     [(8, {}), (1, {}), (8, {"head": CategoricalHead(4096)}), (8, {"causal": True})],
 )
-def test_mar_needs_what_the_arithmetic_says(labels, steps, changes):
+def test_mar_memory_estimate_matches_the_compiled_program(labels, steps, changes):
     mar = dataclasses.replace(
         MARConfig.preset("mar_b"), encoder_depth=2, decoder_depth=2, **changes
     )
@@ -164,19 +164,19 @@ def test_mar_needs_what_the_arithmetic_says(labels, steps, changes):
     assert 0.95 < mar_sampling_bytes(None, mar, BATCH, COMPUTE, setup) / needed < 2.5
 
 
-def test_the_largest_that_fits_is_taken():
+def test_the_largest_batch_size_that_fits_is_chosen():
     def needed(size):
         return 100 + 10 * size
 
     assert fitting_batch_size(needed, 10**9, largest=128) == 128
     assert fitting_batch_size(needed, 10**9, largest=32) == 32
-    assert fitting_batch_size(needed, 525, largest=128) == 32  # 420 of 0.8 * 525
+    assert fitting_batch_size(needed, 525, largest=128) == 32  # needs 420, which is 0.8 * 525
     assert fitting_batch_size(needed, 524, largest=128) == 16
     assert fitting_batch_size(needed, 10**9, largest=40) == 40
-    assert fitting_batch_size(needed, 10, largest=128) == 1  # the arithmetic may be wrong
+    assert fitting_batch_size(needed, 10, largest=128) == 1  # the estimate may be too high
 
 
-def test_a_device_tells_its_memory_and_a_cpu_has_the_machine_s(monkeypatch, tmp_path):
+def test_device_memory_of_a_gpu_and_of_a_cpu_in_a_container(monkeypatch, tmp_path):
     def gpu(statistics):
         return types.SimpleNamespace(platform="gpu", memory_stats=lambda: statistics)
 
@@ -193,7 +193,7 @@ def test_a_device_tells_its_memory_and_a_cpu_has_the_machine_s(monkeypatch, tmp_
     assert device_memory(cpu) == 2**26 // jax.local_device_count()
 
 
-def test_auto_looks_at_options_weights_and_images(capsys, monkeypatch):
+def test_auto_depends_on_options_weights_and_the_number_of_images(capsys, monkeypatch):
     model = varjax.load(runs.untrained_var())
     weights = trees.nbytes(model.params)
     assert model.sampling_bytes(1, model.options(guidance=1)) > weights
@@ -208,7 +208,7 @@ def test_auto_looks_at_options_weights_and_images(capsys, monkeypatch):
     assert choose_batch_size("auto", model, with_guidance, 1000) == 8
     assert "batch_size=auto: 8 per device" in capsys.readouterr().err
     assert choose_batch_size("auto", model, with_guidance, 5) == 5
-    assert not capsys.readouterr().err  # memory does not limit it
+    assert not capsys.readouterr().err  # not limited by memory
     assert choose_batch_size("auto", model, without, 1000, begun=lambda: 3) == 3
     assert choose_batch_size(50, model, without, 1000) == 50
     assert choose_batch_size(50, model, without, 7) == 7
@@ -219,16 +219,16 @@ def test_auto_looks_at_options_weights_and_images(capsys, monkeypatch):
     assert not capsys.readouterr().err
     monkeypatch.setattr("varjax.sampling.batch_size.device_memory", lambda device: weights)
     assert choose_batch_size("auto", model, without, 1) == 1
-    assert "batch_size=auto: 1 per device, which needs" in capsys.readouterr().err  # does not fit
+    assert "batch_size=auto: 1 per device, which needs" in capsys.readouterr().err  # too much
 
 
-def test_auto_leaves_no_device_without_work():
+def test_auto_leaves_no_device_idle():
     model = types.SimpleNamespace(devices=jax.devices() * 8, sampling_bytes=lambda n, options: n)
     assert choose_batch_size("auto", model, None, 40) == 5
     assert choose_batch_size("auto", model, None, 41) == 6
 
 
-def test_auto_goes_on_with_the_size_that_was_begun(tmp_path):
+def test_auto_keeps_the_batch_size_of_an_existing_output(tmp_path):
     assert begun_batch_size(tmp_path / "a.npz") is None
     (tmp_path / ".a.npz.parts").mkdir()
     for folder in (".a.npz.parts", "."):
@@ -246,7 +246,7 @@ def test_auto_goes_on_with_the_size_that_was_begun(tmp_path):
     assert begun_batch_size_of_report(tmp_path / "r.json") is None
 
 
-def test_what_fits_is_printed_for_memories(capsys):
+def test_the_benchmark_prints_the_batch_size_that_fits_each_memory(capsys):
     benchmark.main(["--preset=d30", "--dtype=bfloat16", "--fits=16,24"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["memory_gb"], line["batch_size"]) for line in lines] == [(16, 16), (24, 32)]
@@ -258,7 +258,7 @@ def test_what_fits_is_printed_for_memories(capsys):
 
 
 @pytest.mark.slow
-def test_the_command_takes_auto_a_number_and_nothing_else(tmp_path, capsys):
+def test_batch_size_flag_takes_auto_or_a_number(tmp_path, capsys):
     out = tmp_path / "a.npz"
     flags = [f"--weights={runs.mar()}", "--labels=1", "--count=2", "--steps=2"]
     assert main([*flags, f"--out={out}", "--batch_size=auto"]) == 0

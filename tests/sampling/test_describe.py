@@ -19,7 +19,7 @@ def model():
     return model
 
 
-def test_a_printed_model_tells_its_parts_classes_and_options(model):
+def test_a_printed_model_lists_its_parts_classes_and_options(model):
     text = str(model)
     assert text.startswith("VARPipeline\n")
     counts = [sum(x.size for x in jax.tree.leaves(part)) for part in model.params.values()]
@@ -31,14 +31,14 @@ def test_a_printed_model_tells_its_parts_classes_and_options(model):
 
 
 @pytest.mark.slow
-def test_labels_may_be_names(model):
+def test_labels_may_be_class_names(model):
     by_number = model.sample([1, 2], seed=3)
     np.testing.assert_array_equal(model.sample(["bag", "Boot"], seed=3), by_number)
     with pytest.raises(InputError, match=r"'bags'.*similar are 'bag' \(1\)"):
         model.sample(["bags"])
 
 
-def test_a_model_with_a_refiner_keeps_the_names(model):
+def test_a_model_with_a_refiner_keeps_its_class_names(model):
     refined = model.with_refiner(model, draft_scales=1)
     assert refined.labels is ARTICLES
     assert "refiner" in str(refined)

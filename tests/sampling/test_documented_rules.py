@@ -1,4 +1,4 @@
-"""The rules of one's own in docs/sampling.md are executed as they are written there."""
+"""Executes the examples under "Your own rules" in docs/sampling.md as they are written there."""
 
 import re
 import types
@@ -20,13 +20,13 @@ def blocks() -> list[str]:
 
 
 class Recorder:
-    """A model whose `sample` keeps its arguments."""
+    """A model whose `sample` records its options."""
 
     def sample(self, labels, **options):
         self.options = options
 
 
-def test_the_built_in_rule_as_written_there_draws_the_same_tokens():
+def test_the_documented_copy_of_the_built_in_rule_draws_the_same_tokens():
     model = Recorder()
     exec(blocks()[0], {"model": model})
     logits_BlV = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 32)) * 4, jnp.float32)
@@ -37,7 +37,7 @@ def test_the_built_in_rule_as_written_there_draws_the_same_tokens():
         np.testing.assert_array_equal(own, built_in)
 
 
-def test_mar_s_rule_changes_the_settings_of_some_steps():
+def test_the_documented_mar_rule_changes_the_temperature_of_some_steps():
     drawn, model = [], Recorder()
     head = types.SimpleNamespace(draw=lambda *given: drawn.append(given[-1].temperature))
     model.mar = types.SimpleNamespace(head=head)
@@ -50,7 +50,7 @@ def test_mar_s_rule_changes_the_settings_of_some_steps():
 
 
 @pytest.mark.slow
-def test_self_guidance_pushes_logits_away_from_the_scale_before():
+def test_the_documented_self_guidance_moves_logits_away_from_the_previous_scale():
     model = pipeline()
     model.decode = lambda token_BL: token_BL
     found: dict = {"model": model, "jnp": jnp}

@@ -26,7 +26,7 @@ def write(name):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
-def test_a_film_has_a_frame_for_each_step_and_holds_the_last(suffix):
+def test_an_animation_has_a_frame_per_step_and_holds_the_last(suffix):
     assert write(f"film.{suffix}") == f"film.{suffix}: 4 images in 3 frames"
     durations = []
     with Image.open(f"film.{suffix}") as film:
@@ -37,14 +37,14 @@ def test_a_film_has_a_frame_for_each_step_and_holds_the_last(suffix):
             durations.append(film.info["duration"])
             frame = np.asarray(film.convert("RGB")).astype(int)
             expected = image_io.image_grid(STEPS_NSHWC[:, step], columns=2)
-            # A GIF has 256 colors a frame, and these are noise; a WebP is exact.
+            # A GIF has 256 colors per frame, too few for these images of noise; a WebP is exact.
             assert np.abs(frame - expected).mean() < (40 if suffix == "gif" else 1e-9)
     assert durations[-1] > durations[0] == durations[1]
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
-def test_equal_frames_are_one_that_is_shown_as_long_as_both(suffix):
-    """Pillow merges them, which nobody sees."""
+def test_equal_consecutive_frames_are_merged_and_keep_their_total_duration(suffix):
+    """Pillow merges them, which does not change what is shown."""
     steps_NSHWC = STEPS_NSHWC[:1, [0, 0, 1, 2, 2]]
     films.write_film(pathlib.Path(f"film.{suffix}"), steps_NSHWC)
     with Image.open(f"film.{suffix}") as film:
@@ -57,14 +57,14 @@ def test_equal_frames_are_one_that_is_shown_as_long_as_both(suffix):
     assert durations == [2 * step, step, step + films.LAST_MILLISECONDS]
 
 
-def test_a_strip_is_a_row_an_image_and_a_column_a_step():
+def test_a_strip_has_a_row_per_image_and_a_column_per_step():
     assert write("strip.png") == "strip.png: 4 images, a row each, after each of 3 steps"
     strip_HWC = np.asarray(Image.open("strip.png"))
     assert strip_HWC.shape == (4 * 64, 3 * 64, 3)
     assert np.array_equal(strip_HWC[64:128, 128:], STEPS_NSHWC[1, 2])
 
 
-def test_an_output_that_holds_no_steps_is_refused():
+def test_outputs_that_cannot_hold_the_steps_are_refused():
     for name in ("x.npz", "x"):
         with pytest.raises(InputError, match=f"out={name} holds finished images; for every step"):
             check_out_holds(name, 1, (8, 8, 1), steps=3)
@@ -81,7 +81,7 @@ def test_an_output_that_holds_no_steps_is_refused():
     check_out_holds("x.gif", 8, (8, 8, 1), steps=10)
 
 
-def test_a_film_that_is_too_long_for_words_has_none_and_a_longer_one_is_refused():
+def test_a_very_tall_animation_has_no_captions_and_a_taller_one_is_refused():
     steps_NSHWC = np.zeros((255, 1, 64, 64, 1), np.uint8)
     captions = Captions(tiles=["a"] * 255)
     data = films.film_bytes("webp", steps_NSHWC, 1, captions)
@@ -91,7 +91,7 @@ def test_a_film_that_is_too_long_for_words_has_none_and_a_longer_one_is_refused(
         films.film_bytes("webp", np.zeros((256, 1, 64, 64, 1), np.uint8), 1)
 
 
-def test_a_film_is_drawn_by_one_process():
+def test_an_animation_needs_a_single_process():
     with pytest.raises(InputError, match="a sweep is drawn by one process; start"):
         MemoryOutput().begin(False)
     with pytest.raises(InputError, match="animations and strips need a single process"):

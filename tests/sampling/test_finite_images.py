@@ -1,4 +1,4 @@
-"""Images that are NaN: none is written, the message says which, and the good ones stay."""
+"""Tests that NaN images are not written, the error names the first, and good ones are kept."""
 
 import types
 
@@ -36,9 +36,9 @@ def model(monkeypatch):
     return found
 
 
-def test_a_folder_keeps_the_good_parts_and_goes_on_once_the_model_is_mended(model, tmp_path):
+def test_a_folder_keeps_the_good_parts_and_resumes_once_the_model_is_fixed(model, tmp_path):
     first = [f"{i:06d}_label0003.png" for i in range(4)]
-    for _ in range(2):  # the same command does the same
+    for _ in range(2):  # a second run fails in the same way
         with pytest.raises(InputError, match=SAID):
             sample.draw_samples([*SAMPLE, "--out=images"])
         assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [*first, "request.json"]
@@ -49,7 +49,7 @@ def test_a_folder_keeps_the_good_parts_and_goes_on_once_the_model_is_mended(mode
     assert (tmp_path / "images" / first[0]).stat().st_mtime_ns == written
 
 
-def test_no_npz_grid_edit_or_report_is_written(model, tmp_path, capsys):
+def test_no_npz_grid_edit_or_report_is_written_from_nan(model, tmp_path, capsys):
     for out in ("a.npz", "a.png"):
         assert sample.main([*SAMPLE, f"--out={out}"]) == 1
         assert "image 5 (label 7, seed 5) holds NaN" in capsys.readouterr().err
@@ -73,7 +73,7 @@ def test_no_npz_grid_edit_or_report_is_written(model, tmp_path, capsys):
     assert not (tmp_path / "report.json").exists()
 
 
-def test_infinity_counts_and_the_first_image_is_named():
+def test_infinity_is_refused_and_the_first_bad_image_is_named():
     images_BHWC = np.ones((3, 2, 2, 1), np.float32)
     check_finite_images(images_BHWC, range(3), [1, 2, 3], 0, str)
     images_BHWC[1, 0, 1] = np.inf
@@ -82,14 +82,14 @@ def test_infinity_counts_and_the_first_image_is_named():
         check_finite_images(images_BHWC, [7, 8, 9], [1, 2, 3], 4, str)
 
 
-def test_no_picture_is_made_of_nan():
+def test_nan_is_not_converted_to_uint8():
     with pytest.raises(InputError, match="contain NaN or infinity, which no image file"):
         image_io.to_uint8(np.array([0.5, np.nan]))
     with pytest.raises(InputError, match="which no image file"):
         image_io.image_grid(np.full((1, 2, 2, 1), np.nan, np.float32))
 
 
-def test_advice_names_what_may_help_this_model():
+def test_advice_depends_on_weights_dtype_and_model():
     good, bad = {"a": np.ones(2, np.float32), "n": np.int32(1)}, {"b": np.array([1, np.nan])}
     assert trees.nonfinite({"x": good, "y": bad}) == ["y/b"]
     assert "weights themselves hold NaN or infinite numbers (b)" in nan_advice(bad, "bfloat16")
@@ -101,8 +101,8 @@ def test_advice_names_what_may_help_this_model():
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-def test_the_code_of_a_token_with_logits_that_are_nan_is_nan(smooth):
-    """An argmax would choose one, and the picture would look like any other."""
+def test_a_nan_logit_makes_the_code_of_its_token_nan(smooth):
+    """An argmax alone would choose some code, and the picture would look like any other."""
     logits_BlV = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
     logits_BlV[1, 2, 4] = np.nan
     quantizer = types.SimpleNamespace(

@@ -1,13 +1,13 @@
 from varjax.sampling.grid_output import PictureWords, grid_captions, grid_columns
 
 
-def test_each_class_has_whole_rows():
+def test_each_class_fills_whole_rows():
     assert [grid_columns(4, count) for count in (1, 2, 8, 20)] == [None, 2, 8, 20]
     assert [grid_columns(4, count) for count in (100, 48, 37)] == [20, 16, 37]
     assert [grid_columns(1, count) for count in (1, 8, 9, 100)] == [None, 8, None, None]
 
 
-def test_classes_are_named_once():
+def test_captions_name_each_class_once():
     def captions(names, columns=None):
         return grid_captions(PictureWords("a", names), len(names), columns)
 

@@ -18,10 +18,10 @@ from varjax.var.sample import VAROptions
 
 
 @pytest.mark.parametrize("cfg", [0.25, 1.5, 4.0])
-def test_guidance_is_the_official_cfg_and_one(cfg):
-    """Official VAR computes (1+t)·c - t·u, t = cfg · progress: equal but for rounding.
+def test_var_guidance_is_the_official_cfg_plus_one(cfg):
+    """Official VAR computes (1+t)·c - t·u with t = cfg · progress, which is equal up to rounding.
 
-    So the same keys draw the same tokens as before guidance was counted from 1.
+    So the same keys draw the same tokens.
     """
     conditional_BlV, unconditional_BlV = np.random.default_rng(0).normal(0, 3, (2, 4, 30, 256))
     both_2BlV = jnp.concatenate([conditional_BlV, unconditional_BlV]).astype(jnp.float32)
@@ -50,7 +50,7 @@ def test_guidance_is_the_official_cfg_and_one(cfg):
         ),
     ],
 )
-def test_cfg_is_answered_with_what_to_write(options, former, message):
+def test_the_error_for_cfg_names_its_replacement(options, former, message):
     with pytest.raises(InputError) as error:
         replace_options(options, former)
     assert message in str(error.value)
@@ -60,7 +60,7 @@ def test_cfg_is_answered_with_what_to_write(options, former, message):
     assert message in str(error.value)
 
 
-def test_cfg_on_the_command_line_is_answered_for_the_model_s_family(tmp_path, capsys):
+def test_the_error_for_a_cfg_flag_depends_on_the_model_family(tmp_path, capsys):
     arguments = [f"--weights={runs.untrained_var()}", f"--out={tmp_path / 'a.png'}", "--cfg=0.5"]
     assert main(arguments) == 1
     assert "cfg=0.5: write guidance=1.5, for guidance is VAR's cfg + 1" in capsys.readouterr().err
@@ -78,12 +78,12 @@ def test_cfg_on_the_command_line_is_answered_for_the_model_s_family(tmp_path, ca
         ),
     ],
 )
-def test_configs_with_cfg_are_read(kind, stored, expected):
+def test_configs_with_cfg_can_be_read(kind, stored, expected):
     assert config_tree.from_dict(kind, stored) == expected
 
 
 @pytest.mark.slow
-def test_a_run_with_cfg_is_loaded(tmp_path):
+def test_a_run_with_cfg_can_be_loaded(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs.var(), run)
     config = json.loads((run / "config.json").read_text())

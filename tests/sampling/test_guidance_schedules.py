@@ -1,4 +1,4 @@
-"""Guidance by schedule, list, function and interval: one scale for each scale or step."""
+"""Tests guidance given as a schedule, list, function or interval."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_power_cosine_is_the_published_schedule(power, strongest, expected):
     np.testing.assert_array_equal(schedule_fractions("power_cosine:0", ramp_S), np.ones(256))
 
 
-def test_schedules_lists_and_functions_give_the_scales_they_say():
+def test_schedules_lists_and_functions_give_the_expected_scales():
     np.testing.assert_allclose(scales(guidance=2.5), [1, 1.5, 2, 2.5])
     np.testing.assert_allclose(scales(guidance=2.5, guidance_schedule="constant"), [2.5] * 4)
     np.testing.assert_allclose(scales(guidance=[1, 3, 2, 1]), [1, 3, 2, 1])
@@ -55,7 +55,7 @@ def test_schedules_lists_and_functions_give_the_scales_they_say():
     assert VAROptions(guidance=[2.0]).check(1) == VAROptions(guidance=lambda k: 2.0).check(1)
 
 
-def test_outside_of_the_interval_guidance_is_off():
+def test_guidance_is_off_outside_of_the_interval():
     np.testing.assert_allclose(scales(guidance=2.5, guidance_from=2), [1, 1, 2, 2.5])
     np.testing.assert_allclose(scales(guidance=2.5, guidance_to=3), [1, 1.5, 2, 1])
     np.testing.assert_allclose(scales(guidance=[4, 3, 2, 5], guidance_to=2), [4, 3, 1, 1])
@@ -66,7 +66,7 @@ def test_outside_of_the_interval_guidance_is_off():
     assert interval(guidance=1.0) == interval(guidance=[1, 1, 1, 1]) == (0, 0)
 
 
-def test_traced_numbers_give_the_same_scales():
+def test_traced_options_give_the_same_scales():
     for given in (dict(guidance=2.5), dict(guidance=(1.0, 3.0, 2.0, 1.0), guidance_to=3)):
         options = VAROptions(**given)
         traced = jax.jit(lambda options: guidance_scales(options, RAMP))(options)
@@ -91,12 +91,12 @@ def test_traced_numbers_give_the_same_scales():
         (VAROptions(guidance_from=2, guidance_to=2), "no scale or step is between them"),
     ],
 )
-def test_options_that_do_not_fit_the_scales_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         options.check(4)
 
 
-def test_mar_s_lists_have_a_number_for_each_step():
+def test_mar_lists_need_a_number_for_each_step():
     with pytest.raises(InputError, match="guidance has 2 numbers: give one, or 3"):
         MAROptions(guidance=(1, 2), steps=3).check()
     with pytest.raises(InputError, match="guidance has 3 numbers: give one, or 16"):
@@ -105,7 +105,7 @@ def test_mar_s_lists_have_a_number_for_each_step():
         MAROptions(guidance_timestep_from=700, guidance_timestep_to=600).check()
 
 
-def test_lists_survive_configs_and_command_lines():
+def test_lists_pass_through_configs_and_overrides_unchanged():
     options = VAROptions(guidance=(1.0, 2.0, 3.0), top_k=(3, 2, 1))
     assert config_tree.from_dict(VAROptions, config_tree.to_dict(options)) == options
     changed = config_tree.override(VAROptions(), ["guidance=1,2,3.5", "top_k=4", "top_p=0.5"])
@@ -118,7 +118,7 @@ def test_the_interval_is_known_while_a_program_is_traced():
     assert found == [(1, 3)]
 
 
-def test_a_sweep_joins_the_numbers_of_a_list_by_colons(tmp_path):
+def test_sweeps_separate_the_numbers_of_a_list_by_colons(tmp_path):
     points = parse_sweep(["guidance=1:2:3,2.5", "guidance_schedule=power_cosine:2"], VAROptions())
     assert [point["guidance"] for point in points] == [(1.0, 2.0, 3.0), 2.5]
     assert points[0]["guidance_schedule"] == "power_cosine:2"
@@ -126,7 +126,7 @@ def test_a_sweep_joins_the_numbers_of_a_list_by_colons(tmp_path):
     assert path.name == "report.guidance=1:2.json"
 
 
-def test_equal_options_are_equal_whatever_their_types():
+def test_equal_guidance_lists_of_different_types_give_equal_options():
     lists = [[1, 2, 3, 4], (1.0, 2, 3, 4), np.arange(1, 5), lambda k: k + 1]
     found = [dataclasses.replace(VAROptions(), guidance=x).check(4) for x in lists]
     assert len(set(found)) == 1

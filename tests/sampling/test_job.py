@@ -1,4 +1,4 @@
-"""Large sample runs: killed, resumed, on several devices and processes, always the same bytes."""
+"""Tests that sampling gives the same bytes after kills and on several devices or processes."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ from varjax.storage import files
 
 pytestmark = pytest.mark.slow
 
-# Runs sample.py and kills it just before the n-th file whose name ends so is put in its place.
+# Runs sample.py and kills it just before it moves the n-th file with a certain ending into place.
 KILLED = """
 import os, signal, sys
 ending, n, *arguments = sys.argv[1:]
@@ -51,7 +51,7 @@ sys.exit(sample.main(sys.argv[1:]))
 
 
 def flags(out, *others):
-    """200 images in 13 parts, the last one not full."""
+    """Returns flags for 200 images in 13 parts, the last one not full."""
     weights = f"--weights={runs.var()}"
     return [weights, "--labels=all", "--count=20", "--batch_size=16", f"--out={out}", *others]
 
@@ -75,7 +75,7 @@ def kill(out, ending, n, devices=1):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An .npz and a folder that nothing interrupted."""
+    """Returns an .npz and a folder written without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     return draw(folder / "a.npz"), draw(folder / "images")
 
@@ -86,20 +86,20 @@ def same_folders(a, b):
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
 
 
-def test_an_npz_is_shuffled_and_each_image_keeps_its_label(whole):
+def test_an_npz_is_shuffled_and_images_keep_their_labels(whole):
     npz, folder = whole
     with np.load(npz) as file:
         images_NHWC, label_N = file["arr_0"], file["labels"]
     assert images_NHWC.shape == (200, 8, 8, 3) and images_NHWC.dtype == np.uint8
     assert np.array_equal(np.bincount(label_N), np.full(10, 20))
-    assert np.sum(np.diff(label_N) == 0) < 60  # of 190, were they in order
+    assert np.sum(np.diff(label_N) == 0) < 60  # it would be 190 if they were in order
     for label in range(10):
         there = sorted(images_NHWC[label_N == label, ..., 0].reshape(20, -1).tolist())
         pngs = [np.asarray(Image.open(p)) for p in folder.glob(f"*_label{label:04d}.png")]
         assert there == sorted(np.stack(pngs).reshape(20, -1).tolist())
 
 
-def test_an_npz_killed_twice_and_on_other_devices_has_the_same_bytes(whole, tmp_path):
+def test_an_npz_killed_twice_and_resumed_on_other_devices_has_the_same_bytes(whole, tmp_path):
     out, parts = tmp_path / "a.npz", tmp_path / ".a.npz.parts"
     kill(out, ".safetensors", 3)
     assert len(list(parts.glob("0*.safetensors"))) == 2 and not out.exists()
@@ -110,7 +110,7 @@ def test_an_npz_killed_twice_and_on_other_devices_has_the_same_bytes(whole, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
-def test_a_killed_folder_goes_on_and_ends_the_same(whole, tmp_path):
+def test_a_killed_folder_is_resumed_to_the_same_content(whole, tmp_path):
     out = tmp_path / "images"
     kill(out, ".png", 70)
     first = out / "000000_label0000.png"
@@ -121,7 +121,7 @@ def test_a_killed_folder_goes_on_and_ends_the_same(whole, tmp_path):
     assert first.stat().st_mtime_ns == written
 
 
-def test_two_processes_draw_the_same_together(whole, tmp_path):
+def test_two_processes_write_the_same_npz(whole, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -137,7 +137,7 @@ def test_two_processes_draw_the_same_together(whole, tmp_path):
 
 
 def in_process(number, answers, monkeypatch):
-    """Makes this process one of two; `answers` give what both gather, one after another."""
+    """Simulates process `number` of two; each of `answers` returns what one call gathers."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: number)
     monkeypatch.setattr(distributed, "gather_json", lambda mine: answers.pop(0)(mine))
@@ -148,7 +148,7 @@ MODEL = types.SimpleNamespace(devices=[0], sample=None)
 EMPTY = SamplingJob((), 0, 0, None, 1)
 
 
-def test_what_one_process_cannot_write_is_told_in_all(tmp_path, monkeypatch):
+def test_an_error_of_one_process_is_raised_in_all(tmp_path, monkeypatch):
     refused = {"kind": "InputError", "error": "a grid is drawn by one process"}
     in_process(0, [lambda mine: [mine, None], lambda mine: [mine, refused]], monkeypatch)
     with pytest.raises(InputError, match="process 1: a grid is drawn by one process"):
@@ -160,8 +160,8 @@ def test_what_one_process_cannot_write_is_told_in_all(tmp_path, monkeypatch):
         run_job(MODEL, EMPTY, FolderOutput(tmp_path, np.zeros(0, int), {}))
 
 
-def test_all_processes_compare_their_request_with_that_of_the_first(tmp_path, monkeypatch):
-    """Weights on another machine may be others."""
+def test_each_process_compares_its_request_with_that_of_the_first(tmp_path, monkeypatch):
+    """Weights on another machine may differ."""
 
     def begin_there(_):
         files.write_json(tmp_path / "request.json", {"weights": "theirs"})
@@ -172,7 +172,7 @@ def test_all_processes_compare_their_request_with_that_of_the_first(tmp_path, mo
         run_job(MODEL, EMPTY, FolderOutput(tmp_path, np.zeros(0, int), {"weights": "mine"}))
 
 
-def test_a_finished_output_is_recognized_and_another_request_refused(whole, monkeypatch):
+def test_a_finished_output_is_recognized_and_a_different_request_refused(whole, monkeypatch):
     def never(*_, **__):
         raise AssertionError("it drew again")
 
@@ -189,7 +189,7 @@ def test_a_finished_output_is_recognized_and_another_request_refused(whole, monk
             draw(out, "--dtype=bfloat16")
 
 
-def test_other_weights_are_another_request():
+def test_different_weights_have_a_different_digest():
     params = varjax.load(runs.var()).params
     before = trees.digest(params)
     assert trees.digest(params) == before
@@ -199,7 +199,7 @@ def test_other_weights_are_another_request():
     assert trees.digest(params) != before
 
 
-def test_what_others_wrote_is_left_alone(tmp_path):
+def test_files_that_the_command_did_not_write_are_left_alone(tmp_path):
     (tmp_path / "a.npz").write_text("mine")
     with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
         archive.writestr("arr_0.npy", b"")

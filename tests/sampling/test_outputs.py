@@ -1,4 +1,4 @@
-"""Where samples go: which names are files, what a file can hold, and one job at a time."""
+"""Tests outputs: their names, what each format can hold, and one command at a time."""
 
 import pathlib
 
@@ -41,18 +41,18 @@ def model(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["d16_cfg1.5", "v1.0", "a.b.c", "images.parts", "x.5", "run@3.2"])
-def test_a_dot_in_a_folder_s_name_is_no_suffix(name, model, tmp_path):
+def test_a_dot_in_a_folder_name_is_not_a_suffix(name, model, tmp_path):
     check_out(name)
     assert isinstance(open_output(name, np.zeros(1, int), None, 0, {}), FolderOutput)
     assert work_folder(name).name == name
-    for _ in range(2):  # the second one finds all
+    for _ in range(2):  # the second run finds all images
         assert sample.main([*SAMPLE, f"--out={name}"]) == 0
     assert model.calls == 2
     assert begun_batch_size(name) == 2
     assert len(list((tmp_path / name).glob("*.png"))) == 4
 
 
-def test_suffixes_of_files_are_known_in_capitals_too(model, tmp_path):
+def test_file_suffixes_are_case_insensitive(model, tmp_path):
     assert [file_suffix(n) for n in ("a.png", "A.PNG", "a.b.NPZ", "a.jpg")] == [
         ".png", ".png", ".npz", "",
     ]  # fmt: skip
@@ -63,12 +63,12 @@ def test_suffixes_of_files_are_known_in_capitals_too(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", " ", ".png", ".npz", "folder/.png", "x" * 300 + ".npz"])
-def test_a_name_that_is_none_is_refused(name):
+def test_invalid_output_names_are_refused(name):
     with pytest.raises(InputError, match="is empty|has no name before|has at most 255"):
         check_out(name)
 
 
-def test_what_a_file_cannot_hold_is_said_before_anything_is_drawn(model, tmp_path, capsys):
+def test_images_that_the_output_cannot_hold_are_refused_before_sampling(model, tmp_path, capsys):
     for channels, name, says in (
         (4, "a.npz", "have 4 channels; .npz files hold 1, 3; give FILE.png or a folder"),
         (2, "a.npz", "have 2 channels; .npz files hold 1, 3"),
@@ -88,9 +88,9 @@ def test_what_a_file_cannot_hold_is_said_before_anything_is_drawn(model, tmp_pat
     )
     assert model.calls == 0
     check_out_holds("a.png", 2704, (256, 256, 3))
-    with pytest.raises(InputError, match="draw at most 2,704"):  # Pillow opens 52x52 of them
+    with pytest.raises(InputError, match="draw at most 2,704"):  # Pillow opens 52x52 images
         check_out_holds("a.png", 2705, (256, 256, 3))
-    with pytest.raises(InputError, match="draw at most 42,350"):  # 8x8 is enlarged to 65x65
+    with pytest.raises(InputError, match="draw at most 42,350"):  # enlarged from 8x8 to 65x65
         check_out_holds("a.png", 10**5, (8, 8, 1), columns=10)
     check_out_holds("a.npz", 10**7, (256, 256, 3))
     model.image_shape = (8, 8, 4)
@@ -99,7 +99,7 @@ def test_what_a_file_cannot_hold_is_said_before_anything_is_drawn(model, tmp_pat
         assert picture.mode == "RGBA"
 
 
-def test_more_images_than_a_list_holds_are_refused(model, capsys):
+def test_too_many_images_are_refused(model, capsys):
     with pytest.raises(InputError, match="count=50000001 of 2 classes are 100,000,002 images"):
         SamplingJob((0, 1), 50_000_001, 0, None, 8)
     assert sample.main([*SAMPLE, "--count=2000000000", "--out=a.npz"]) == 1
@@ -109,21 +109,21 @@ def test_more_images_than_a_list_holds_are_refused(model, capsys):
         assert f"{flag}={2**40}: must be" in capsys.readouterr().err
 
 
-def test_a_second_command_at_the_same_output_is_told(model, tmp_path, capsys):
+def test_a_second_command_for_the_same_output_is_refused(model, tmp_path, capsys):
     for name, folder in (("a.npz", ".a.npz.parts"), ("images", "images")):
         with locked_work_folder(tmp_path / folder):
             assert sample.main([*SAMPLE, f"--out={name}"]) == 1
             assert f"is using {folder}" in capsys.readouterr().err
             assert sample.main([*SAMPLE, "--out=other.npz"]) == 0
         assert sample.main([*SAMPLE, f"--out={name}"]) == 0
-        assert sample.main([*SAMPLE, f"--out={name}"]) == 0  # done before
+        assert sample.main([*SAMPLE, f"--out={name}"]) == 0  # finished earlier
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(".*")}
-    assert not left  # neither locks nor parts
+    assert not left  # neither lock files nor parts
 
 
-def test_a_second_evaluation_is_told(model, tmp_path, capsys):
+def test_a_second_evaluation_for_the_same_report_is_refused(model, tmp_path, capsys):
     np.savez("real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8))
-    for arguments in (EVALUATE, ["real.npz", *EVALUATE[3:]]):  # samples of a model, of a file
+    for arguments in (EVALUATE, ["real.npz", *EVALUATE[3:]]):  # samples of a model and of a file
         out = tmp_path / f"{len(arguments)}.json"
         with locked_work_folder(parts_folder(out)):
             assert evaluation.main([*arguments, f"--out={out}"]) == 1
@@ -132,7 +132,7 @@ def test_a_second_evaluation_is_told(model, tmp_path, capsys):
         assert not parts_folder(out).exists()
 
 
-def test_a_guide_that_would_do_nothing_is_refused_by_an_evaluation(model, capsys):
+def test_evaluation_refuses_a_guide_when_guidance_is_off(model, capsys):
     np.savez("real.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
     for flags in (["--guidance=1"], ["--sweep", "guidance=1"]):
         assert evaluation.main([*EVALUATE, "--guide=weak", *flags, "--out=a.json"]) == 1
@@ -140,7 +140,7 @@ def test_a_guide_that_would_do_nothing_is_refused_by_an_evaluation(model, capsys
     assert model.calls == 0
 
 
-def test_an_option_has_a_value_or_is_swept(model, capsys):
+def test_an_option_is_either_set_or_swept(model, capsys):
     both = ["--guidance=3", "--top_k=5", "--sweep", "top_p=0.5", "guidance=1,2"]
     for run, arguments in ((sample, [*SAMPLE, "--out=a.png"]), (evaluation, EVALUATE)):
         assert run.main([*arguments, *both]) == 1
@@ -149,13 +149,13 @@ def test_an_option_has_a_value_or_is_swept(model, capsys):
     assert sample.main([*SAMPLE, "--out=a.png", *both[1:]]) == 0
 
 
-def test_a_report_s_batch_size_is_found_beside_it(tmp_path):
+def test_the_batch_size_of_a_report_is_read_from_its_parts_folder(tmp_path):
     out = tmp_path / "a.cfg=1.5.json"
     files.write_json(parts_folder(out) / "request.json", {"batch_size": 7})
     assert begun_batch_size_of_report(out) == 7
 
 
-def test_mixed_labels_are_text_in_names_and_files():
+def test_mixed_labels_are_stored_as_text():
     label_N = np.array(["2:0.5+7:0.5", "3:1"])
     folder = open_output("images", label_N, None, 0, {})
     folder.begin(write=True)
@@ -164,7 +164,7 @@ def test_mixed_labels_are_text_in_names_and_files():
     assert names == ["000000_label2x0.5+7x0.5.png", "000001_label3x1.png"]
     many = open_output("many", np.array(["+".join(["999:0.25"] * 50)] * 2), None, 0, {})
     many.begin(write=True)
-    many.add(range(2), np.zeros((2, 8, 8, 1), np.uint8))  # names have at most 255 bytes
+    many.add(range(2), np.zeros((2, 8, 8, 1), np.uint8))  # a file name has at most 255 bytes
     many.begin(write=True)
     assert many.has(range(2)) and len(list(pathlib.Path("many").glob("*.png"))) == 2
     npz = open_output("x.npz", label_N, None, 0, {})

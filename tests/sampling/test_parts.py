@@ -10,7 +10,7 @@ IMAGES_NHWC = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), np.uint8)
 
 
 def begun(path, parts=PARTS):
-    """An output with some of its parts, as after a kill."""
+    """Starts an .npz output and adds some of its parts, as a killed command leaves it."""
     output = NpzOutput(path, LABEL_N, seed=3, request={"seed": 3})
     output.begin(write=True)
     for part in parts:
@@ -31,7 +31,7 @@ def whole(tmp_path):
     return (tmp_path / "whole.npz").read_bytes()
 
 
-def test_a_damaged_part_is_drawn_again(tmp_path, whole, capsys):
+def test_a_damaged_part_is_sampled_again(tmp_path, whole, capsys):
     path = tmp_path / "a.npz"
     begun(path, PARTS[:2])
     damage(path)
@@ -42,7 +42,7 @@ def test_a_damaged_part_is_drawn_again(tmp_path, whole, capsys):
     assert path.read_bytes() == whole
 
 
-def test_a_part_that_is_damaged_at_the_end_stops_the_command_that_makes_it_again(tmp_path, whole):
+def test_damage_found_while_finishing_stops_the_command_and_a_rerun_repairs_it(tmp_path, whole):
     path = tmp_path / "a.npz"
     output = begun(path)
     damage(path)
@@ -54,7 +54,7 @@ def test_a_part_that_is_damaged_at_the_end_stops_the_command_that_makes_it_again
     assert path.read_bytes() == whole
 
 
-def test_parts_of_an_older_version_are_taken(tmp_path, whole):
+def test_parts_written_by_an_older_version_are_reused(tmp_path, whole):
     path = tmp_path / "a.npz"
     begun(path, [])
     for part in PARTS[:2]:

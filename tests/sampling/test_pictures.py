@@ -13,7 +13,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
 FLOATS = IMAGES / np.float32(255)
 
 
-def test_a_grid_shows_the_pixels_whatever_their_type():
+def test_a_grid_shows_the_same_pixels_for_any_array_type():
     picture = show(IMAGES, columns=3)
     expected_HWC = np.concatenate(IMAGES, axis=1)
     np.testing.assert_array_equal(picture, expected_HWC)
@@ -23,7 +23,7 @@ def test_a_grid_shows_the_pixels_whatever_their_type():
 
 
 @pytest.mark.parametrize("name", ["samples.npz", "folder"])
-def test_evaluators_read_what_is_saved(tmp_path, name):
+def test_saved_images_and_labels_are_read_by_evaluation(tmp_path, name):
     save(FLOATS, tmp_path / name, labels=[4, 0, 4])
     found = open_image_set(tmp_path / name)
     assert found.shape == IMAGES.shape and found.label_N.tolist() == [4, 0, 4]
@@ -36,7 +36,7 @@ def test_gray_images_become_rgb_in_an_npz(tmp_path):
     np.testing.assert_array_equal(found, IMAGES[..., :1].repeat(3, axis=-1))
 
 
-def test_a_film_has_a_frame_for_each_step(tmp_path):
+def test_an_animation_has_a_frame_for_each_step(tmp_path):
     save(IMAGES[:, None], tmp_path / "x.webp")
     shown = show(jnp.asarray(FLOATS)[:, None])
     assert shown.webp == (tmp_path / "x.webp").read_bytes()
@@ -62,7 +62,7 @@ def test_a_film_has_a_frame_for_each_step(tmp_path):
         (IMAGES, "full", "new folder"),
     ],
 )
-def test_what_cannot_be_saved_is_refused(tmp_path, images, path, says):
+def test_images_or_paths_that_cannot_be_saved_are_refused(tmp_path, images, path, says):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(InputError, match=says):
@@ -70,7 +70,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path, images, path, says):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_labels_are_one_for_each_image(tmp_path):
+def test_saving_needs_one_label_per_image(tmp_path):
     with pytest.raises(InputError, match=r"\(2,\); expected \(3,\)"):
         save(IMAGES, tmp_path / "x.npz", labels=[1, 2])
 
@@ -84,7 +84,7 @@ def test_labels_are_one_for_each_image(tmp_path):
         (["dog", "é" * 150, "3:1+8:2"], ["dog", "é" * 100, "3x1+8x2"], None),
     ],
 )
-def test_labels_are_those_that_sample_takes(tmp_path, labels, names, stored):
+def test_saved_labels_may_be_anything_that_sample_takes(tmp_path, labels, names, stored):
     save(IMAGES, tmp_path / "folder", labels=labels)
     found = sorted(path.relative_to(tmp_path / "folder") for path in tmp_path.rglob("*.png"))
     assert [str(path) for path in found] == [f"{i:06d}_label{x}.png" for i, x in enumerate(names)]
@@ -98,14 +98,14 @@ def test_labels_are_those_that_sample_takes(tmp_path, labels, names, stored):
 @pytest.mark.parametrize(
     "labels", [[0.5, 1, 2], [None, 1, 2], [True, False, True], [[1], [1, 2], 3]]
 )
-def test_labels_that_are_no_classes_are_refused_before_a_folder_is_made(tmp_path, labels):
+def test_invalid_labels_are_refused_before_anything_is_written(tmp_path, labels):
     for name in ("folder", "x.npz"):
         with pytest.raises(InputError, match="label"):
             save(IMAGES, tmp_path / name, labels=labels)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_shown_is_refused(tmp_path):
+def test_invalid_animations_and_columns_are_refused(tmp_path):
     rgba_SNHWC = np.zeros((3, 2, 8, 8, 4), np.uint8)
     for draw in (show, lambda *given: save(given[0], tmp_path / "x.webp", None, *given[1:])):
         with pytest.raises(InputError, match=r"shape \(3, 2, 8, 8, 4\); needed is .* 1 or 3\)"):

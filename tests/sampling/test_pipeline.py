@@ -10,7 +10,7 @@ from varjax.models import FAMILIES
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @pytest.mark.parametrize("method", ["sample", "edit"])
 def test_signatures_list_every_option(family, method):
-    """The options dataclass is the source; editors and help() read the signatures."""
+    """The options dataclass defines the options; editors and help() read the signatures."""
     function = getattr(family.pipeline, method)
     parameters = inspect.signature(function).parameters
     keywords = [

@@ -1,4 +1,4 @@
-"""Pure functions of a model's parameters under JAX's transformations."""
+"""Tests `model.pure`, and that other methods point to it under JAX's transformations."""
 
 import functools
 
@@ -23,7 +23,7 @@ def model():
 
 
 @pytest.mark.slow
-def test_a_mesh_that_the_caller_has_set_does_not_disturb():
+def test_a_mesh_set_by_the_caller_changes_nothing():
     tokens_BL = np.zeros((1, 21), np.int32)
     images = model().decode(tokens_BL)
     with jax.set_mesh(jax.make_mesh((1,), ("x",))):
@@ -41,7 +41,7 @@ def test_a_mesh_that_the_caller_has_set_does_not_disturb():
         lambda x: model().edit(IMAGE, jnp.zeros((4, 4), bool) | (x[0] > 0)),
     ],
 )
-def test_methods_under_a_trace_name_their_pure_functions(call):
+def test_methods_called_while_tracing_point_to_the_pure_functions(call):
     with pytest.raises(InputError, match="inside jit, grad, vmap.*model.pure"):
         jax.jit(call)(jnp.array([1], jnp.int32))
 

@@ -1,4 +1,4 @@
-"""Rejection sampling keeps the best images of each class: however it is interrupted or divided."""
+"""Tests rejection sampling, including interruption, resumption and several processes."""
 
 import math
 import threading
@@ -28,7 +28,7 @@ LABELS, COUNT, ACCEPT = (3, 7, 1), 4, 0.3  # 14 candidates of each label
 
 
 class FakeClassifier:
-    """The probability follows from an image's gray value, which is the image's number."""
+    """Computes the probability from an image's gray value, which is the image's number."""
 
     classes, identity = 10, {"network": "fake"}
 
@@ -55,7 +55,7 @@ def draw(out, classifier=None, model=None, **changes):
 
 
 def expected_numbers(accept=ACCEPT):
-    """Numbers of the images that are kept, by a plain sort of all candidates of a label."""
+    """Returns the numbers of the kept images, by sorting all candidates of each label."""
     kept, N = [], len(LABELS) * COUNT
     for position in range(len(LABELS)):
         ranks = range(math.ceil(round(COUNT / accept, 9)))
@@ -67,19 +67,19 @@ def expected_numbers(accept=ACCEPT):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An .npz that nothing interrupted."""
+    """Returns the content of an .npz written without interruption."""
     path = tmp_path_factory.mktemp("whole") / "a.npz"
     draw(path)
     return path.read_bytes()
 
 
-def test_the_best_candidates_are_kept_and_of_equal_ones_the_first():
+def test_the_best_candidates_are_kept_and_ties_keep_the_first():
     probability_Pm = np.array([[0.1, 0.9, 0.5, 0.9], [0.2, 0.2, 0.2, 0.1]])
     assert best_candidates(probability_Pm, 2).tolist() == [[1, 3], [0, 1]]
     assert best_candidates(probability_Pm, 3).tolist() == [[1, 2, 3], [0, 1, 2]]
 
 
-def test_candidates_continue_the_numbers_of_a_job_that_keeps_all():
+def test_candidate_numbers_extend_those_of_a_job_without_rejection():
     plain = SamplingJob(LABELS, COUNT, 0, None, 5)
     np.testing.assert_array_equal(plain.number_M, np.arange(12))
     np.testing.assert_array_equal(plain.label_M, plain.label_N)
@@ -93,7 +93,7 @@ def test_candidates_continue_the_numbers_of_a_job_that_keeps_all():
 
 
 @pytest.mark.parametrize("accept", [0.1, ACCEPT, 1])
-def test_the_kept_images_are_those_of_a_plain_sort(accept):
+def test_kept_images_match_a_plain_sort(accept):
     images_NHWC, summary = sample_best(FakeSampler(), FakeClassifier(), LABELS, COUNT, accept)
     expected = expected_numbers(accept)
     assert images_NHWC[:, 0, 0, 0].tolist() == expected
@@ -104,7 +104,7 @@ def test_the_kept_images_are_those_of_a_plain_sort(accept):
 
 
 @pytest.mark.parametrize("batch_size, devices", [(2, 1), (5, 3), (64, 1)])
-def test_every_output_holds_them_whatever_the_batch_size(batch_size, devices, tmp_path):
+def test_batch_size_and_devices_do_not_change_the_images(batch_size, devices, tmp_path):
     model = FakeSampler(devices=tuple(range(devices)))
     message = draw(tmp_path / "images", model=model, batch_size=batch_size)
     assert "images/: 12 images; kept 12 of 42 images" in message
@@ -122,7 +122,7 @@ def test_every_output_holds_them_whatever_the_batch_size(batch_size, devices, tm
 
 
 @pytest.mark.parametrize("fails_at", [1, 4, 9])
-def test_an_interrupted_job_continues_to_the_same_bytes(fails_at, whole, tmp_path):
+def test_an_interrupted_job_resumes_to_the_same_bytes(fails_at, whole, tmp_path):
     out = tmp_path / "a.npz"
     with pytest.raises(KeyboardInterrupt):
         draw(out, FakeClassifier(fails_at))
@@ -137,7 +137,7 @@ def test_an_interrupted_job_continues_to_the_same_bytes(fails_at, whole, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
-def test_a_job_interrupted_while_it_writes_continues(whole, tmp_path, monkeypatch):
+def test_a_job_interrupted_while_writing_resumes(whole, tmp_path, monkeypatch):
     out, add = tmp_path / "a.npz", NpzOutput.add
 
     def failing(self, part, images_NHWC):
@@ -155,7 +155,7 @@ def test_a_job_interrupted_while_it_writes_continues(whole, tmp_path, monkeypatc
     assert classifier.calls == 0 and out.read_bytes() == whole
 
 
-def test_an_output_may_be_the_current_folder(tmp_path, monkeypatch):
+def test_the_output_may_be_the_current_folder(tmp_path, monkeypatch):
     folder = tmp_path / "images"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -165,7 +165,7 @@ def test_an_output_may_be_the_current_folder(tmp_path, monkeypatch):
     assert (
         candidates_folder("other/..") == candidates_folder(".") == tmp_path / ".images.candidates"
     )
-    candidates_folder("/")  # the output itself is refused, because it holds other files
+    candidates_folder("/")  # no error here: the output is refused later
 
 
 def test_a_damaged_part_is_drawn_again(whole, tmp_path):
@@ -179,7 +179,7 @@ def test_a_damaged_part_is_drawn_again(whole, tmp_path):
     assert classifier.calls == 2 and out.read_bytes() == whole
 
 
-def test_only_images_that_may_be_kept_are_written(tmp_path, monkeypatch):
+def test_only_candidates_that_may_be_kept_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(rejection, "remove_work_folder", lambda folder: None)
     draw(tmp_path / "a.npz", accept=0.02, batch_size=50)
     parts = candidates_folder(tmp_path / "a.npz").glob("*.safetensors")
@@ -189,7 +189,7 @@ def test_only_images_that_may_be_kept_are_written(tmp_path, monkeypatch):
 
 
 def test_two_processes_share_the_work(whole, tmp_path, monkeypatch):
-    """Two threads take the place of processes, and a barrier that of their communication."""
+    """Threads stand in for processes, and a barrier for their communication."""
     local, barrier, values = threading.local(), threading.Barrier(2, timeout=60), [None, None]
 
     def gather(value):
@@ -218,7 +218,7 @@ def test_two_processes_share_the_work(whole, tmp_path, monkeypatch):
     assert (tmp_path / "a.npz").read_bytes() == whole
 
 
-def test_another_classifier_or_acceptance_is_another_request(tmp_path, monkeypatch):
+def test_a_different_classifier_or_acceptance_is_refused(tmp_path, monkeypatch):
     draw(tmp_path / "a.npz")
     with pytest.raises(InputError, match="accept: 0.3 there, 0.5 requested"):
         draw(tmp_path / "a.npz", accept=0.5)
@@ -227,7 +227,7 @@ def test_another_classifier_or_acceptance_is_another_request(tmp_path, monkeypat
         draw(tmp_path / "a.npz")
 
 
-def test_probabilities_that_are_none_are_refused(tmp_path):
+def test_invalid_probabilities_are_refused(tmp_path):
     for probabilities in (np.zeros(3), np.full(5, np.nan)):
         classifier = FakeClassifier()
         classifier.probabilities = lambda images, labels, found=probabilities: found
@@ -235,14 +235,14 @@ def test_probabilities_that_are_none_are_refused(tmp_path):
             draw(tmp_path / "a.npz", classifier)
 
 
-def test_labels_without_a_probability_and_other_classifiers_are_refused_in_python():
+def test_sample_best_refuses_unsuitable_labels_and_classifiers():
     with pytest.raises(InputError, match="takes single classes, no mixes of them or no class"):
         sample_best(FakeSampler(), FakeClassifier(), [3, 10])
     with pytest.raises(InputError, match="takes images of 4x4 pixels"):
         sample_best(FakeSampler(), loaded(image_size=(4, 4)), [3])
 
 
-def test_more_candidates_than_a_list_holds_are_refused():
+def test_too_many_candidates_are_refused():
     with pytest.raises(InputError, match="count=50000 of 3 classes at accept=0.001 are 150"):
         job(accept=0.001, count=50_000)
 
@@ -268,12 +268,12 @@ def model(monkeypatch):
     return found
 
 
-def test_the_command_says_what_was_kept(model, capsys):
+def test_the_command_reports_how_many_images_were_kept(model, capsys):
     assert sample.main([*SAMPLE, "--accept=0.2", "--classifier=fake"]) == 0
     out = capsys.readouterr().out
     assert "a.npz: 4 images, shuffled" in out and "kept 4 of 20 images" in out
     with np.load("a.npz") as file:
-        assert sorted(file["arr_0"][:, 0, 0, 0]) == [0, 1, 2, 3]  # all are equal: the first ones
+        assert sorted(file["arr_0"][:, 0, 0, 0]) == [0, 1, 2, 3]  # ties keep the first
 
 
 @pytest.mark.parametrize(
@@ -290,13 +290,13 @@ def test_the_command_says_what_was_kept(model, capsys):
         ),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_sampling(flags, message, model, capsys):
+def test_invalid_flags_are_refused_before_sampling(flags, message, model, capsys):
     assert sample.main([*SAMPLE, *flags]) == 1
     assert message in capsys.readouterr().err
     assert model.calls == 0
 
 
-def test_a_classifier_of_other_classes_or_images_is_refused(model, capsys, monkeypatch):
+def test_a_classifier_that_does_not_match_the_model_is_refused(model, capsys, monkeypatch):
     arguments = [*SAMPLE, "--accept=0.5", "--classifier=fake"]
     model.classes = 1000
     assert sample.main(arguments) == 1
@@ -312,7 +312,7 @@ def test_a_classifier_of_other_classes_or_images_is_refused(model, capsys, monke
 
 
 @pytest.mark.slow
-def test_the_digits_have_a_classifier():
+def test_the_classifier_of_digits_is_accurate():
     from varjax.data.sources import Digits
 
     held_out, classifier = Digits().source("held_out"), load_classifier("digits")

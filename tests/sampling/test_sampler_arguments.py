@@ -1,4 +1,4 @@
-"""What users give a sampler from Python: labels, seeds, numbers of images and options."""
+"""Tests the checks of what Python users give a sampler: labels, seeds, numbers, options."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from varjax.var.sample import VAROptions
 @pytest.mark.parametrize(
     "labels", [[3, 10], (3, 10), np.array([3, 10], np.uint8), jnp.array([3, 10]), [3.0, 10.0]]
 )
-def test_labels_of_any_integer_type(labels):
+def test_labels_may_be_whole_numbers_of_any_type(labels):
     found_B = checked_labels(labels, 10)
     assert found_B.tolist() == [3, 10] and found_B.dtype == jnp.int32
     assert checked_labels(7, 10).tolist() == [7]
@@ -40,18 +40,18 @@ def test_labels_of_any_integer_type(labels):
         [[1, 2]], {1: 2}, object(),
     ],
 )  # fmt: skip
-def test_labels_that_are_none_are_refused(labels):
+def test_invalid_labels_are_refused(labels):
     with pytest.raises(InputError, match="labels.*(allowed are 0 … 9|shape)"):
         checked_labels(labels, 10)
 
 
-def test_mixes_of_classes_are_weights_that_sum_to_one():
+def test_mixes_of_classes_become_weights_that_sum_to_one():
     expected = np.zeros((3, 11), np.float32)
     expected[0, [2, 7]], expected[1, 3], expected[2, [0, 10]] = [0.25, 0.75], 1, 0.5
     labels = ["2:0.5+7:1.5", 3, {0: 1, 10: 1}]
     found_BN = checked_labels(labels, 10)
     assert found_BN.dtype == jnp.float32 and np.array_equal(found_BN, expected)
-    text = np.array(["2:1+7:3", "3:1", "10:2+0:2"])  # as a job holds them
+    text = np.array(["2:1+7:3", "3:1", "10:2+0:2"])  # as a SamplingJob holds them
     assert np.array_equal(checked_labels(text, 10, 3), expected)
     with pytest.raises(InputError, match="3 labels; expected 2"):
         checked_labels(labels, 10, 2)
@@ -62,7 +62,7 @@ def test_mixes_of_classes_are_weights_that_sum_to_one():
     ["2:0.5+", "2:", ":1", "2:0.5+11:1", "-1:1", "2:0", "2:-1", "2:nan", "2:inf", "a:1", {}]
     + [{2: 0}, {11: 1}, {2: math.nan}, {"a": 1}, {2: None}, {3.7: 1}],
 )  # fmt: skip
-def test_a_mix_that_is_none_is_refused(label):
+def test_an_invalid_mix_is_refused(label):
     with pytest.raises(
         InputError, match="label .*give a class, or CLASS:WEIGHT.*allowed are 0 … 9"
     ):
@@ -70,17 +70,17 @@ def test_a_mix_that_is_none_is_refused(label):
 
 
 @pytest.mark.parametrize("label", [5.9, math.nan, True, None, -1, 11])
-def test_what_is_no_class_is_refused_next_to_a_mix(label):
+def test_an_invalid_class_is_refused_next_to_a_mix(label):
     with pytest.raises(InputError, match=f"label {label}: give a class"):
         checked_labels([{1: 1}, label], 10)
 
 
-def test_one_label_for_each_image():
+def test_each_image_needs_one_label():
     with pytest.raises(InputError, match="labels have shape .2,.; expected .3,."):
         checked_labels([1, 2], 10, 3)
 
 
-def test_keys_are_those_of_the_seed_and_the_numbers():
+def test_keys_do_not_depend_on_the_types_of_seed_and_index():
     expected = jax.random.key_data(image_keys(5, jnp.arange(3)))
     for seed in (5, np.int64(5), np.uint8(5), 5.0, jnp.int32(5)):
         for index in (None, range(3), [0, 1, 2], np.arange(3, dtype=np.uint8), jnp.arange(3)):
@@ -91,18 +91,18 @@ def test_keys_are_those_of_the_seed_and_the_numbers():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 0.5, math.nan, "0", None, True, [0]])
-def test_a_seed_that_jax_would_cut_off_is_refused(seed):
+def test_a_seed_that_jax_would_truncate_is_refused(seed):
     with pytest.raises(InputError, match="seed=.*: must be (0 or more|at most 42949)"):
         checked_keys(seed, None, 1)
 
 
 @pytest.mark.parametrize("index", [[-1], [2**32], [0.5], [True], ["0"], [], [[0]], [0, 1]])
-def test_numbers_of_images_that_are_none_are_refused(index):
+def test_invalid_image_numbers_are_refused(index):
     with pytest.raises(InputError, match="index .*(allowed are 0|shape|expected 1)"):
         checked_keys(0, index, 1)
 
 
-def test_an_edit_of_no_image_is_refused():
+def test_an_edit_without_images_is_refused():
     edit = functools.partial(checked_edit, labels=None, seed=0, classes=10)
     with pytest.raises(InputError, match="0 images and 0 of index"):
         edit(images=0, index=None)
@@ -110,7 +110,7 @@ def test_an_edit_of_no_image_is_refused():
         edit(images=1, index=[-1])
 
 
-def test_tokens_are_whole_numbers_below_the_vocabulary():
+def test_tokens_are_integers_below_the_vocabulary_size():
     assert checked_tokens([[0, 15]], (2,), 16).dtype == jnp.int32
     for tokens, message in (
         ([[0.0, 1.5]], "tokens are float64; give integers"),
@@ -125,9 +125,9 @@ def test_tokens_are_whole_numbers_below_the_vocabulary():
             checked_tokens(tokens, (2,), 16)
 
 
-def test_a_rule_is_a_function_by_which_its_program_is_found_again():
+def test_a_rule_is_a_hashable_function():
     @dataclasses.dataclass
-    class Rule:  # equal by value, and so without a hash
+    class Rule:  # defines equality by value, and therefore has no hash
         def __call__(self, *given):
             return None
 
@@ -143,14 +143,14 @@ NUMBERS = [math.nan, math.inf, -1, 1e39, "1", True, [1]]
 
 
 @pytest.mark.parametrize("options", [VAROptions(), MAROptions()])
-def test_every_option_refuses_what_is_no_number_of_its_own(options):
-    """What float32 or int32 would make something else of, too: 5e9 codes, or 1e39 as guidance."""
+def test_every_option_refuses_values_of_another_type_or_range(options):
+    """Includes numbers that would overflow int32 or float32: top_k=5e9, or guidance=1e39."""
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
         wrong = {"bool": ["no", 2], "str": ["x", "1", "2:²", ""], "int": [*NUMBERS, 5_000_000_000]}
         kind = type(getattr(options, field.name)).__name__
         numbers = wrong.get(kind, NUMBERS)
-        if typing.get_args(hints[field.name]) and kind != "str":  # one number, or a list of them
+        if typing.get_args(hints[field.name]) and kind != "str":  # a number or a list of numbers
             numbers = [x for x in numbers if x != [1]] + [[], ["1"], [[1]], [-1]]
         for value in numbers:
             with pytest.raises(InputError, match=rf"{field.name}(\[0\])?(=| has [01] numbers)"):

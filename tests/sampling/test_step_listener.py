@@ -1,4 +1,4 @@
-"""A listener gets the images of each step, in order, from programs that do not contain it."""
+"""Tests step listeners, which get the images of each step in order, without recompilation."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def heard(shape, listener=None):
     steps = []
     listener = listener or (lambda step, images_BHWC: steps.append((step, images_BHWC)))
 
-    def run(call):  # in a thread of JAX, because the argument is still being computed
+    def run(call):  # in a JAX thread, because the argument is still being computed
         return program(jnp.ones(shape) - 1, call)
 
     images_BHWC = sample_with_listener(run, listener, shape, jax.local_devices()[:1])
@@ -50,13 +50,13 @@ def test_images_of_every_step_arrive_in_order(piece, monkeypatch):
     assert number == 3
 
 
-def test_another_listener_compiles_nothing():
+def test_a_new_listener_causes_no_recompilation():
     program.clear_cache()
     steps = [heard(SHAPE) for _ in range(3)]
     assert [len(x) for x in steps] == [4, 4, 4] and program._cache_size() == 1
 
 
-def test_an_error_of_the_listener_reaches_the_caller_once_all_is_computed():
+def test_an_error_in_the_listener_is_raised_after_all_steps_are_computed():
     steps = []
 
     def refuse(step, images_BHWC):
@@ -76,7 +76,7 @@ def test_a_listener_may_compute_with_jax():
     assert means == [1, 2, 3, 4]
 
 
-def test_an_error_of_the_program_reaches_the_caller():
+def test_an_error_in_the_program_reaches_the_caller():
     def fail(call):
         raise InputError("out of memory")
 
@@ -85,14 +85,14 @@ def test_an_error_of_the_program_reaches_the_caller():
     assert not step_listener._received
 
 
-def test_several_devices_are_refused_with_a_way_out():
+def test_several_devices_are_refused_with_advice():
     with pytest.raises(InputError, match=r"has 2: load it with .*or give every_step=True"):
         sample_with_listener(lambda call: jnp.zeros(SHAPE), print, SHAPE, [None, None])
 
 
 @pytest.mark.slow
-def test_large_images_pass_through_a_single_thread():
-    """Waiting, within a callback, for a copy in the only thread would never end."""
+def test_large_images_arrive_when_jax_has_a_single_thread():
+    """A callback that waits for a copy by the only thread, its own, would deadlock."""
     code = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
