@@ -1,4 +1,4 @@
-"""Latents that are not as they were written: detected when they are read, whatever was hit."""
+"""Tests that damage to cached latents is detected when they are read."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ ABOUT = {
 
 
 def write(root):
-    """Writes both splits, of which image 2 is broken."""
+    """Writes both splits, with image 2 broken, and returns their paths."""
     files.write_json(root / "latents.json", ABOUT)
     rng = np.random.default_rng(0)
     rows = {
@@ -44,7 +44,7 @@ def write(root):
 
 
 def read(root, split="train"):
-    """All augmentations of all images, as training sees them; None for broken images."""
+    """Returns all augmentations of all images as training reads them; None for broken images."""
     data = CachedLatents(str(root))
     source, transform, found = data.source(split), LatentTransform(data.latent_spec), []
     for i in range(N):
@@ -63,7 +63,7 @@ def same(a, b):
     return all(np.array_equal(a[name], b[name]) for name in a.keys() | b.keys())
 
 
-def test_each_flipped_bit_is_detected_or_changes_nothing(tmp_path):
+def test_a_flipped_bit_is_detected_or_changes_nothing(tmp_path):
     path, _ = write(tmp_path)
     expected, content, detected = read(tmp_path), path.read_bytes(), 0
     for bit in range(0, 8 * len(content), 31):
@@ -80,8 +80,8 @@ def test_each_flipped_bit_is_detected_or_changes_nothing(tmp_path):
     assert detected > 0.5 * 8 * len(content) / 31
 
 
-def test_only_what_is_read_is_compared(tmp_path):
-    """A folder of 40 GB is not read before training starts."""
+def test_checksums_are_compared_only_for_what_is_read(tmp_path):
+    """So a folder of 40 GB need not be read before training starts."""
     path, _ = write(tmp_path)
     expected = read(tmp_path)
     content = bytearray(path.read_bytes())
@@ -97,14 +97,14 @@ def test_only_what_is_read_is_compared(tmp_path):
         transform.train(source[3], 3, 1, rng)
 
 
-def test_a_file_in_the_place_of_another_is_damage(tmp_path):
+def test_a_shard_replaced_by_another_one_is_detected(tmp_path):
     train, held_out = write(tmp_path)
     train.write_bytes(held_out.read_bytes())
     with pytest.raises(DamagedFileError):
         read(tmp_path)
 
 
-def test_files_of_older_versions_are_read_without_a_check(tmp_path, monkeypatch):
+def test_files_of_older_versions_are_read_without_checksums(tmp_path, monkeypatch):
     train, _ = write(tmp_path)
     expected = read(tmp_path)
     arrays = dict(files.read_tensors(train)[0])

@@ -36,7 +36,7 @@ SETTINGS = dict(seed=3, batch_size=B, augmentations=2, shards=3)
 
 
 def drawn(init):
-    """Parameters of these shapes, without compiling anything."""
+    """Draws random parameters of the shapes that `init` makes, without compiling it."""
     rng, shapes = np.random.default_rng(0), jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), shapes)
 
@@ -71,8 +71,8 @@ def content(out):
 
 
 @pytest.mark.slow
-def test_batches_are_those_of_the_images(cache, encode):
-    """In the first two epochs; the third one shows the augmentations of the first in new order."""
+def test_batches_of_latents_match_batches_of_images(cache, encode):
+    """The first two epochs match; the third shows the first's augmentations in a new order."""
     images, tokens = DATA.make(B, seed=3), CachedLatents(str(cache)).make(B, seed=3)
     for number in (0, 13, 14, 27):  # batch 14 crosses the end of the first epoch, 28 of the second
         a, b = images.train_batch(number), tokens.train_batch(number)
@@ -91,7 +91,7 @@ def test_batches_are_those_of_the_images(cache, encode):
 
 
 @pytest.mark.slow
-def test_shares_and_worker_processes_read_the_same(cache):
+def test_processes_and_workers_read_the_same_batches(cache):
     whole = CachedLatents(str(cache)).make(12, 5).train_batch(300)
     parts = [CachedLatents(str(cache)).make(12, 5, range(i, i + 3)) for i in range(0, 12, 3)]
     rows = [part.train_batch(300) for part in parts]
@@ -101,7 +101,7 @@ def test_shares_and_worker_processes_read_the_same(cache):
 
 
 @pytest.mark.slow
-def test_files_do_not_depend_on_processes_workers_or_a_kill(cache, task, tmp_path):
+def test_files_do_not_depend_on_the_number_of_processes(cache, task, tmp_path):
     data = dataclasses.replace(DATA, reading=ReadOptions(threads=1))
     for index in (1, 0):
         said = cache_latents(task, data, out=str(tmp_path / "a"), process=(index, 2), **SETTINGS)
@@ -129,7 +129,7 @@ cache_latents(VARTask(runs.VAR, runs.TOKENIZER, sys.argv[1]), DATA, out=sys.argv
 
 
 @pytest.mark.slow
-def test_after_a_kill_the_same_command_goes_on(cache, task, tmp_path, monkeypatch):
+def test_a_killed_command_resumes(cache, task, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = [sys.executable, "-c", CHILD, task.tokenizer_weights, str(out)]
     assert forked.run(arguments, cwd=ROOT, timeout=100, capture_output=True).returncode == -9
@@ -146,7 +146,7 @@ def test_after_a_kill_the_same_command_goes_on(cache, task, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_losses_are_those_of_the_images(cache, task):
+def test_losses_on_tokens_match_losses_on_images(cache, task):
     params, frozen = drawn(lambda key: task.init(key).params), task.frozen()
     losses = jax.jit(task.token_losses)
     images, tokens = DATA.make(64, seed=3), CachedLatents(str(cache)).make(64, seed=3)
@@ -160,7 +160,7 @@ def test_losses_are_those_of_the_images(cache, task):
 
 
 @pytest.mark.slow
-def test_a_transformer_trains_on_tokens(cache, task, tmp_path):
+def test_a_transformer_trains_on_cached_tokens(cache, task, tmp_path):
     data = parse_dataset(f"latents:{cache}", 8)
     experiment = Experiment(task, data, str(tmp_path), batch_size=64, steps=1)
     assert 0 < loop.train(experiment)["eval/loss"] < 2 * np.log(16)
@@ -186,10 +186,10 @@ def test_tokens_of_another_tokenizer_are_refused(cache, task, tmp_path):
         loop.train(Experiment(tokenizer, data, str(tmp_path / "tokenizer"), batch_size=8, steps=1))
 
 
-def test_broken_images_are_broken_tokens(task, tmp_path, capsys):
+def test_broken_images_are_skipped_in_cached_tokens_too(task, tmp_path, capsys):
     data = FakeImages(150, (7,), image_shape=(8, 8, 1), reading=ReadOptions())
     cache_latents(task, data, seed=0, batch_size=50, out=str(tmp_path), augmentations=2)
-    assert capsys.readouterr().err.count("skipped: image_7.jpg") == 2  # of both splits, here equal
+    assert capsys.readouterr().err.count("skipped: image_7.jpg") == 2  # once per split
     images, tokens = data.make(50, 0), CachedLatents(str(tmp_path)).make(50, 0)
     for number in range(6):
         expected_B = images.train_batch(number)["label_B"]
@@ -222,14 +222,14 @@ class FakeKLTask:
     tokenizer = FakeKL()
 
     def frozen(self):
-        return {"scale": np.float32(1 / 256)}  # so that 16 bits are exact
+        return {"scale": np.float32(1 / 256)}  # which 16 bits hold exactly
 
     def tokenizer_identity(self, frozen):
         return {"kind": "KL", "scale": float(frozen["scale"])}
 
 
-def test_latents_may_be_any_arrays(tmp_path, capsys):
-    """They are cached in parts, read, shuffled and resumed as tokens are."""
+def test_latents_may_be_float_arrays(tmp_path, capsys):
+    """Like tokens, they are cached by several processes, read, shuffled and resumed."""
     data = FakeImages(150, (7,), image_shape=(4, 6, 1), reading=ReadOptions())
     task, settings = FakeKLTask(), dict(seed=3, batch_size=40, augmentations=2, shards=4)
     for index in (1, 0):
@@ -278,7 +278,7 @@ def write_noise(folder, count):
 def test_two_augmentations_of_center_crops_are_both_flips_of_every_image(
     tmp_path, monkeypatch, capsys
 ):
-    """Training on images sees them in the same epochs, in place of broken images too."""
+    """Training on images shows the same flips in the same epochs, even for broken images."""
     write_noise(tmp_path / "x", 150)
     (tmp_path / "x/train/077.png").write_bytes(b"")
     (tmp_path / "config.py").write_text(CENTER_CROPS)
@@ -326,7 +326,7 @@ def get_config():
 
 @dataclasses.dataclass(frozen=True)
 class Scaled(FakeKLTask):
-    """Latents that 16 bits do not hold exactly, or not at all."""
+    """A task whose latents need rounding in 16 bits, or do not fit."""
 
     scale: float
 
@@ -335,7 +335,7 @@ class Scaled(FakeKLTask):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_floats_are_stored_as_asked_for_and_the_error_is_told(dtype, tmp_path):
+def test_floats_are_stored_in_the_given_dtype_and_rounding_is_reported(dtype, tmp_path):
     data = FakeImages(20, image_shape=(4, 6, 1), reading=ReadOptions())
     task, out = Scaled(np.pi / 256), tmp_path / "out"
     said = cache_latents(task, data, seed=3, batch_size=8, out=str(out), dtype=dtype)
@@ -355,7 +355,7 @@ def test_floats_are_stored_as_asked_for_and_the_error_is_told(dtype, tmp_path):
     if dtype == "float32":
         assert "largest error" not in said and max(worst.values()) == 0
         return
-    for name, error in worst.items():  # of the training images, too, in what is told
+    for name, error in worst.items():  # the reported error includes training images
         line = next(line for line in said.splitlines() if line.startswith(name))
         found = float(line.partition("error is ")[2].partition(",")[0])
         assert 0 < 0.99 * error <= found < 1e-2
@@ -363,8 +363,8 @@ def test_floats_are_stored_as_asked_for_and_the_error_is_told(dtype, tmp_path):
         cache_latents(task, data, seed=3, batch_size=8, out=str(out), dtype="float32")
 
 
-def test_flips_that_alternate_need_both(tmp_path):
-    """With one augmentation, odd images would be mirrored for ever."""
+def test_alternating_flips_need_an_even_number_of_augmentations(tmp_path):
+    """With one augmentation, some images would always be mirrored."""
     write_noise(tmp_path / "x", 20)
     data = Folder("x", size=(4, 6), channels=1, crop="center", flip=True)
     given = dict(task=FakeKLTask(), data=data, seed=0, batch_size=8)
@@ -411,7 +411,7 @@ ABOUT = {
         {"augmentations": {"train": 1.5, "held_out": 1}},
     ],
 )
-def test_a_description_of_anything_is_refused(tmp_path, change):
+def test_invalid_descriptions_are_refused(tmp_path, change):
     files.write_json(tmp_path / "latents.json", ABOUT)
     assert CachedLatents(str(tmp_path)).about == ABOUT
     files.write_json(tmp_path / "latents.json", ABOUT | change)
@@ -419,7 +419,7 @@ def test_a_description_of_anything_is_refused(tmp_path, change):
         _ = CachedLatents(str(tmp_path)).about
 
 
-def test_what_16_bits_do_not_hold_is_refused(tmp_path):
+def test_values_too_large_for_float16_are_refused(tmp_path):
     data = FakeImages(20, image_shape=(4, 6, 1), reading=ReadOptions())
     with pytest.raises(ValueError, match="mean_BhwZ: .* cannot be stored as float16, .* 65504"):
         cache_latents(Scaled(1e4), data, seed=0, batch_size=8, out=str(tmp_path / "out"))
@@ -444,12 +444,12 @@ def test_what_16_bits_do_not_hold_is_refused(tmp_path):
         ({"out": str(ROOT)}, "holds files and no latents.json"),
     ],
 )
-def test_what_makes_no_sense_is_refused(cache, task, changes, message):
+def test_invalid_settings_are_refused(cache, task, changes, message):
     with pytest.raises(ValueError, match=message):
         cache_latents(**dict(task=task, data=DATA, out=str(cache)) | SETTINGS | changes)
 
 
-def test_the_command(task, tmp_path, capsys):
+def test_the_command_writes_latents_and_refuses_other_settings(task, tmp_path, capsys):
     (tmp_path / "config.py").write_text(CONFIG.format(task.tokenizer_weights))
     flags = ["--config=config.py", "--out=out", "--augmentations=1"]
     assert command.main([*flags, "--config.data.size=60", "--config.seed=7"]) == 0
@@ -466,8 +466,8 @@ def test_the_command(task, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shared", [["--processes=2", "--process=1"], ["--distributed"]])
-def test_processes_of_the_command_do_not_talk_to_one_another(task, tmp_path, monkeypatch, shared):
-    """One ends as if there were no other; those of a cluster know their numbers by themselves."""
+def test_processes_of_the_command_do_not_connect_to_each_other(task, tmp_path, monkeypatch, shared):
+    """Each process works alone. On a cluster, environment variables give its number."""
     for name, value in SLURM.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
@@ -476,7 +476,7 @@ def test_processes_of_the_command_do_not_talk_to_one_another(task, tmp_path, mon
     monkeypatch.setattr(command, "cache_latents", lambda *_, **settings: calls.append(settings))
     assert command.main(["--config=config.py", "--out=out", *shared]) == 0
     (settings,) = calls
-    # Of training's 50, or what these leave for each process, nothing follows for encoding.
+    # Training's batch size of 50 and the number of processes do not affect encoding.
     assert settings["batch_size"] == 32 * len(jax.local_devices())
     assert (settings["out"], settings["process"]) == ("out", (1, 2))
     assert not jax.distributed.is_initialized()
@@ -497,8 +497,8 @@ def get_config():
 """
 
 
-def test_latents_that_are_nan_are_refused_by_the_image_s_number(tmp_path):
-    """Those of a broken image do not count."""
+def test_nan_latents_are_refused_with_the_number_of_the_image(tmp_path):
+    """NaN is allowed for broken images."""
     about = {
         "images": {"train": 4}, "augmentations": {"train": 2}, "shards": {"train": 2},
         "latent_spec": {"mean_BhwZ": {"shape": [3], "dtype": "float32"}},
@@ -518,7 +518,7 @@ def test_latents_that_are_nan_are_refused_by_the_image_s_number(tmp_path):
     assert shard.path.is_file()
 
 
-def test_a_tokenizer_whose_weights_are_nan_caches_nothing(tmp_path):
+def test_a_tokenizer_with_nan_weights_caches_nothing(tmp_path):
     data = FakeImages(20, image_shape=(4, 6, 1), reading=ReadOptions())
     with pytest.raises(ValueError, match="weights contain NaN or infinity .scale.; use an"):
         cache_latents(Scaled(np.nan), data, seed=0, batch_size=8, out=str(tmp_path / "out"))

@@ -33,7 +33,7 @@ def take(loader, count, position=0):
     return list(itertools.islice(loader.train(position), count))
 
 
-def test_a_batch_depends_on_seed_and_number_alone():
+def test_a_batch_depends_only_on_seed_and_number():
     loader = make_loader(DATA, 16, seed=3)
     batches = take(loader, 7)
     resumed = take(make_loader(DATA, 16, seed=3), 2, position=5)
@@ -48,7 +48,7 @@ BROKEN = FakeImages(size=1000, broken=(3, 500, 501, 502, 999))
 
 @pytest.mark.parametrize("data", [DATA, BROKEN], ids=["digits", "broken"])
 @pytest.mark.parametrize("processes", [2, 8])
-def test_processes_share_out_the_same_batches(data, processes):
+def test_processes_together_make_the_same_batches(data, processes):
     whole, share = make_loader(data, 16), 16 // processes
     parts = [make_loader(data, 16, rows=range(i, i + share)) for i in range(0, 16, share)]
     streams = [part.train(60) for part in parts]
@@ -60,7 +60,7 @@ def test_processes_share_out_the_same_batches(data, processes):
     )
 
 
-def test_every_epoch_holds_every_image_once_in_a_new_order():
+def test_every_epoch_has_every_image_once_in_a_new_order():
     loader = make_loader(Digits(), 6)  # does not divide the 1,442 images
     images = np.concatenate([b["image_BHWC"] for b in take(loader, 2 * 1442 // 6 + 1)])
     first, second = images[:1442], images[1442:2884]
@@ -77,7 +77,7 @@ def test_augmentation_varies_from_epoch_to_epoch():
     assert len(seen[0] & seen[1]) < 10
 
 
-def test_the_held_out_split_is_seen_once_and_padding_is_marked():
+def test_held_out_images_are_read_once_and_padding_is_marked():
     batches = list(make_loader(DATA, 100).held_out())
     assert [batch["valid_B"].sum() for batch in batches] == [100, 100, 100, 55]
     assert all(batch["image_BHWC"].shape == (100, 8, 8, 1) for batch in batches)
@@ -85,7 +85,7 @@ def test_the_held_out_split_is_seen_once_and_padding_is_marked():
     np.testing.assert_array_equal(images, Digits().source("held_out").images_NHWC)
 
 
-def test_a_process_reads_its_own_rows_and_no_others():
+def test_a_process_reads_only_its_own_rows():
     whole = make_loader(FakeImages(size=100), 16).train_batch(7)
     data, rows = FakeImages(size=100), [1, 4, 5, 12]
     batch = make_loader(data, 16, rows=rows).train_batch(7)
@@ -99,7 +99,7 @@ def test_rows_outside_of_the_batch_are_refused(rows):
         make_loader(DATA, 6, rows=rows)
 
 
-def test_no_more_than_three_batches_are_in_memory():
+def test_at_most_three_batches_are_in_memory():
     data = FakeImages(size=1000)
     loader = make_loader(data, 50)
     stream = loader.train()
@@ -107,7 +107,7 @@ def test_no_more_than_three_batches_are_in_memory():
         next(stream)
         while len(fake_data.reads_of(data)) < 50 * (number + 2):
             time.sleep(0.01)
-        time.sleep(0.05)  # enough to read a thousand more
+        time.sleep(0.05)  # long enough to read a thousand more
         assert len(fake_data.reads_of(data)) == 50 * (number + 2)
     stream.close()
     next(loader.held_out())
@@ -140,8 +140,8 @@ def test_broken_held_out_images_are_marked():
     assert numbers.tolist() == [i for i in range(250) if i not in (7, 249)]
 
 
-def test_one_percent_of_the_split_may_be_broken_wherever_it_is():
-    """Sources are read class by class, and one class may have all that are broken."""
+def test_one_percent_of_a_split_may_be_broken_even_within_one_class():
+    """Held-out images are read class by class, and all broken ones may be in one class."""
     data = FakeImages(2000, tuple(range(30, 50)))
     take(make_loader(data, 100), 20)
     assert len(list(make_loader(data, 100).held_out())) == 20
@@ -183,7 +183,7 @@ def test_worker_processes_make_the_same_batches(with_workers, capsys):
     )
 
 
-def test_signals_to_the_whole_group_do_not_reach_the_workers(with_workers):
+def test_workers_ignore_signals_to_the_process_group(with_workers):
     with_workers.train_batch(0)
     for number in (signal.SIGINT, signal.SIGTERM):
         for process in multiprocessing.active_children():
@@ -191,8 +191,8 @@ def test_signals_to_the_whole_group_do_not_reach_the_workers(with_workers):
     with_workers.train_batch(1)
 
 
-def test_a_killed_worker_is_an_error_and_not_a_hang():
-    others = set(multiprocessing.active_children())  # of the fixture, for the tests after this one
+def test_a_killed_worker_raises_an_error_instead_of_a_hang():
+    others = set(multiprocessing.active_children())  # the fixture's workers, which other tests need
     loader = make_loader(dataclasses.replace(BROKEN, reading=WORKERS), 32)
     next(loader.train())
     for process in set(multiprocessing.active_children()) - others:
@@ -201,7 +201,7 @@ def test_a_killed_worker_is_an_error_and_not_a_hang():
         take(loader, 10)
 
 
-def test_errors_of_the_data_reach_the_run(tmp_path):
+def test_errors_while_reading_reach_the_caller(tmp_path):
     for reading in (ReadOptions(threads=2), ReadOptions(workers=1)):
         with pytest.raises(ZeroDivisionError, match="image 5"):
             take(make_loader(FakeImages(10, bug_at=5, reading=reading), 4), 5)
@@ -234,13 +234,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("end", ["sys.exit(3)", "os.kill(os.getpid(), 9)"])
-def test_workers_end_with_the_run(tmp_path, end):
-    """Also where the stream is still referred to."""
+def test_workers_end_with_the_main_process(tmp_path, end):
+    """The process still holds a reference to the stream when it ends."""
     (tmp_path / "child.py").write_text(CHILD.format(end=end))
     begin = time.monotonic()
     process = subprocess.run(
         [sys.executable, "child.py"],
-        stdout=subprocess.PIPE,  # the workers hold it as well, so it ends when they have ended
+        stdout=subprocess.PIPE,  # workers inherit it, so `run` waits until they have ended
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=60,
     )
@@ -249,14 +249,14 @@ def test_workers_end_with_the_run(tmp_path, end):
 
 
 class Unaugmented(FakeImages):
-    """Its values are up to size - 1."""
+    """Images that are not augmented, with values up to size - 1."""
 
     def augment(self, image_HWC, view, rng):
         return image_HWC
 
 
 @pytest.mark.parametrize(("size", "times"), [(26, 1), (27, 0)])
-def test_images_that_use_less_than_a_tenth_of_their_range_are_said_once(size, times, capsys):
+def test_images_in_less_than_a_tenth_of_the_range_cause_one_warning(size, times, capsys):
     loader = make_loader(Unaugmented(size), 16)
     for _ in range(2):
         take(loader, 8)
@@ -265,7 +265,7 @@ def test_images_that_use_less_than_a_tenth_of_their_range_are_said_once(size, ti
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2**20 + 1, 5_000_000_000])
-def test_a_batch_that_is_none_or_fits_nowhere_is_refused(batch_size):
+def test_batch_sizes_out_of_range_are_refused(batch_size):
     with pytest.raises(
         ValueError, match="batch_size is .*, but must be at (least 1|most 1,048,576)"
     ):
@@ -279,7 +279,7 @@ class SortedImages(FakeImages):
         return ArraySource(np.zeros((500, *self.image_shape), np.uint8), np.arange(500) // 50)
 
 
-def test_a_limit_on_held_out_images_takes_as_many_of_each_class():
+def test_a_limit_on_held_out_images_keeps_classes_balanced():
     def loader(limit, rows=None):
         return dataclasses.replace(make_loader(SortedImages(), 16, 0, rows), held_out_images=limit)
 

@@ -10,7 +10,7 @@ NOISE_HWC = RNG.integers(0, 256, (50, 83, 3), np.uint8)
 
 
 def official_center_crop(image_HWC, size):
-    """What the official trainer does to a validation image, by the rules of torchvision."""
+    """Crops a validation image as the official trainer does with torchvision."""
     height, width, _ = image_HWC.shape
     short = round(1.125 * size)
     if height <= width:
@@ -24,13 +24,13 @@ def official_center_crop(image_HWC, size):
 
 @pytest.mark.parametrize("size", [8, 20, 31, 64])
 @pytest.mark.parametrize("shape", [(50, 83), (83, 50), (41, 41), (9, 200), (37, 36)])
-def test_the_middle_is_what_the_official_trainer_takes(shape, size):
+def test_center_crop_equals_that_of_the_official_trainer(shape, size):
     image_HWC = RNG.integers(0, 256, (*shape, 3), np.uint8)
     expected = official_center_crop(image_HWC, size)
     np.testing.assert_array_equal(transforms.center_crop(image_HWC, (size, size)), expected)
 
 
-def test_an_image_is_resized_until_it_just_covers_the_size():
+def test_resize_to_cover_resizes_until_the_image_just_covers_the_size():
     def shape(height, width):
         return transforms.resize_to_cover(NOISE_HWC, height, width).shape[:2]
 
@@ -45,7 +45,7 @@ def test_an_image_is_resized_until_it_just_covers_the_size():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 16), (16, 4)])
-def test_random_crops_reach_every_place_and_no_further(size):
+def test_random_crops_reach_every_position_and_no_others(size):
     image_HWC = NOISE_HWC[:20, :28]
     resized = transforms.resize_to_cover(image_HWC, *(round(1.125 * side) for side in size))
     views = np.lib.stride_tricks.sliding_window_view(resized, (*size, 3))[:, :, 0]
@@ -56,7 +56,7 @@ def test_random_crops_reach_every_place_and_no_further(size):
     assert set(seen) == set(places.values())
 
 
-def test_flips_mirror_every_second_view_and_change_nothing_else():
+def test_flip_mirrors_about_half_of_random_crops_and_changes_nothing_else():
     plain, flipping = np.random.default_rng(2), np.random.default_rng(2)
     flipped = 0
     for _ in range(200):
@@ -67,7 +67,7 @@ def test_flips_mirror_every_second_view_and_change_nothing_else():
     assert 70 < flipped < 130
 
 
-def test_the_numbers_drawn_do_not_depend_on_the_image():
+def test_the_random_numbers_drawn_do_not_depend_on_the_image():
     states = []
     for image_HWC in (NOISE_HWC, NOISE_HWC[:20, :20], NOISE_HWC[..., :1]):
         for flip in (False, True):
@@ -78,7 +78,7 @@ def test_the_numbers_drawn_do_not_depend_on_the_image():
 
 
 def adm_code(image_HWC, size):
-    """`center_crop_arr` of the guided-diffusion repository, in its own words."""
+    """Crops with a copy of `center_crop_arr` from the guided-diffusion repository."""
     pil_image = Image.fromarray(image_HWC)
     while min(*pil_image.size) >= 2 * size:
         pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.BOX)
@@ -96,7 +96,7 @@ SHAPES = [(300, 517), (64, 64), (129, 128), (128, 127), (517, 128), (50, 83), (9
 
 @pytest.mark.parametrize("size", [64, 31])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_center_crops_are_those_of_adm(shape, size):
+def test_adm_center_crop_equals_the_original_code(shape, size):
     alpha_HWC = RNG.integers(0, 256, (*shape, 4), np.uint8)
     for image_HWC in (alpha_HWC, alpha_HWC[..., :3]):
         np.testing.assert_array_equal(
@@ -107,7 +107,7 @@ def test_center_crops_are_those_of_adm(shape, size):
     np.testing.assert_array_equal(found, adm_code(gray_HWC[..., 0], size)[..., None])
 
 
-def test_center_crops_that_are_not_square_cover_both_sides():
+def test_adm_center_crops_that_are_not_square_cover_both_sides():
     image_HWC = RNG.integers(0, 256, (64, 64, 3), np.uint8)
     half_HWC = np.asarray(Image.fromarray(image_HWC).resize((32, 32), Image.Resampling.BOX))
     wide, high = (transforms.adm_center_crop(image_HWC, size) for size in ((16, 32), (32, 16)))
@@ -115,7 +115,7 @@ def test_center_crops_that_are_not_square_cover_both_sides():
     np.testing.assert_array_equal(high, half_HWC[:, 8:24])
     for shape in SHAPES:
         for size in ((7, 31), (31, 7), (13, 11)):
-            gray_HWC = np.full((*shape, 1), 255, np.uint8)  # beyond the border would be black
+            gray_HWC = np.full((*shape, 1), 255, np.uint8)  # black beyond the border
             assert np.array_equal(
                 transforms.adm_center_crop(gray_HWC, size), np.full((*size, 1), 255)
             )
@@ -136,7 +136,7 @@ def test_center_crops_are_mirrored_in_every_second_view():
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_random_crops_do_not_depend_on_the_number_of_the_view(flip):
+def test_random_crops_do_not_depend_on_the_index_of_the_view(flip):
     plain, viewed = np.random.default_rng(4), np.random.default_rng(4)
     for view in range(6):
         expected = transforms.random_crop(NOISE_HWC, plain, (16, 12), flip)
@@ -149,7 +149,7 @@ def test_random_crops_do_not_depend_on_the_number_of_the_view(flip):
     )
 
 
-def test_settings_of_a_view_are_checked():
+def test_crop_size_and_channels_are_checked():
     with pytest.raises(ValueError, match="crop=centre: must be random or center"):
         Folder("", crop="centre")
     assert transforms.height_width(5) == (5, 5) and transforms.height_width((4, 6)) == (4, 6)

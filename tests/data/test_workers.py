@@ -26,14 +26,14 @@ def divide(subject, job):
     yield 1 / job
 
 
-def test_jobs_are_shared_out_and_what_they_yield_comes_as_it_is_made():
+def test_jobs_are_distributed_and_their_results_are_streamed():
     with closing(WorkerProcesses("a", 2)) as processes:
-        # One worker sleeps, so the other one has all the other jobs.
+        # One worker sleeps, so the other one gets the other job.
         stream = processes.stream(sleep, [60, 0])
         sleeper, other = next(stream), next(stream)
         assert sleeper != other
         begin = time.monotonic()
-    assert time.monotonic() - begin < 10  # busy, and ended all the same
+    assert time.monotonic() - begin < 10  # closing does not wait for busy workers
     for pid in (sleeper, other):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -50,10 +50,10 @@ def test_every_job_is_done_once(processes):
     found = list(processes.stream(numbers, jobs))
     assert sorted(found) == sorted(("a", job, i) for job in jobs for i in range(job))
     assert list(processes.stream(numbers, [])) == []
-    assert len(list(processes.stream(numbers, [7]))) == 7  # all are free again
+    assert len(list(processes.stream(numbers, [7]))) == 7  # all workers are free again
 
 
-def test_an_error_keeps_its_type_and_tells_where_it_was_raised():
+def test_an_error_keeps_its_type_and_traceback():
     with closing(WorkerProcesses("a", 1)) as processes:
         with pytest.raises(ZeroDivisionError) as raised:
             list(processes.stream(divide, [1, 0]))
@@ -74,7 +74,7 @@ print(WorkerProcesses("a", 1).call(str.upper))
 """
 
 
-def test_a_script_without_a_main_guard_is_told(tmp_path):
+def test_a_script_without_a_main_guard_gets_advice(tmp_path):
     (tmp_path / "script.py").write_text(UNGUARDED)
     command = [sys.executable, str(tmp_path / "script.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -83,13 +83,13 @@ def test_a_script_without_a_main_guard_is_told(tmp_path):
     assert 'put the code that starts workers under `if __name__ == "__main__":`' in done.stderr
 
 
-def test_there_are_as_many_threads_as_cpus_that_may_be_used(monkeypatch):
-    """Of a machine's 64 a cluster may give a job one."""
+def test_by_default_there_is_one_thread_per_available_cpu(monkeypatch):
+    """A cluster may give a job one of a machine's 64 CPUs."""
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {17}, raising=False)
     pool, seen = ReaderPool("subject", ReadOptions()), []
     pool.submit(seen.extend, lambda _, chunk: chunk, range(8)).result()
     assert workers.available_cpus() == pool._threads._max_workers == 1
-    assert seen == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]  # four chunks a thread
+    assert seen == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]  # four chunks per thread
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     assert workers.available_cpus() == 64

@@ -21,7 +21,7 @@ SHADE = {"ant": 10, "bee": 100, "cat": 200}
 
 
 def put(*paths):
-    """Small images whose gray tells the class, the last folder but `deeper`."""
+    """Writes small images whose gray value encodes the class in their path."""
     for path in map(pathlib.Path, paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         shade = next((SHADE[part] for part in path.parts if part in SHADE), 50)
@@ -41,7 +41,7 @@ def official():
     return Folder("x", size=4)
 
 
-def test_a_tree_with_splits_is_read_like_the_official_one(official):
+def test_train_and_val_folders_are_the_splits(official):
     assert official.class_names == ("ant", "bee") and official.classes == 2
     below = ["ant/b.jpg", "ant/deeper/still/1.webp", "bee/10.png", "bee/2.JPEG"]
     assert paths(official) == [f"train/{path}" for path in below]
@@ -51,12 +51,12 @@ def test_a_tree_with_splits_is_read_like_the_official_one(official):
         image_HWC, shade = source[i]["image"], SHADE[official.class_names[label]]
         assert source[i]["label"] == label and np.all(image_HWC == shade)
         assert image_HWC.shape == (7, 9, 3)
-    assert official.source("held_out")[0]["label"] == 1  # by name, though val has no ant
+    assert official.source("held_out")[0]["label"] == 1  # classes go by name, though val has no ant
     copy = pickle.loads(pickle.dumps(official.source("train")))
     np.testing.assert_array_equal(copy[3]["image"], source[3]["image"])
 
 
-def test_batches_come_in_the_shape_asked_for(official):
+def test_batches_have_the_requested_shape(official):
     data = Folder("x", size=(4, 6), channels=1)
     batch = data.make(4, seed=0).train_batch(0)
     assert batch["image_BHWC"].shape == (4, 4, 6, 1) == (4, *data.image_shape)
@@ -65,7 +65,7 @@ def test_batches_come_in_the_shape_asked_for(official):
         assert np.all(image_HWC == shades[label])
 
 
-def test_without_splits_a_share_is_held_out_that_new_files_do_not_change():
+def test_without_splits_a_fraction_is_held_out_that_new_files_do_not_change():
     names = [f"x/{name}/{i}.png" for name in SHADE for i in range(40)]
     put(*names)
     before = Folder("x", held_out=0.3)
@@ -81,7 +81,7 @@ def test_without_splits_a_share_is_held_out_that_new_files_do_not_change():
     assert held_out < set(paths(larger, "held_out"))
 
 
-def test_a_flat_folder_is_one_class_and_so_is_any_on_demand(official):
+def test_flat_and_unconditional_folders_have_one_class(official):
     put(*(f"flat/{i}.png" for i in range(30)))
     flat = Folder("flat", held_out=0.3)
     assert flat.classes == 1 and len(paths(flat)) + len(paths(flat, "held_out")) == 30
@@ -89,11 +89,11 @@ def test_a_flat_folder_is_one_class_and_so_is_any_on_demand(official):
     everything = Folder("x", unconditional=True)
     assert everything.class_names == flat.class_names
     assert len(paths(everything)) == 4 and paths(everything, "held_out") == ["val/bee/1.jpg"]
-    put("y/train/1.png", "y/val/1.png")  # splits without classes
+    put("y/train/1.png", "y/val/1.png")  # splits without class folders
     assert paths(Folder("y")) == ["train/1.png"] and paths(Folder("y"), "held_out")
 
 
-def test_another_folder_or_a_share_can_be_held_out_beside_train(official):
+def test_another_folder_or_a_fraction_of_train_can_be_held_out(official):
     put("x/test/ant/1.png")
     assert paths(Folder("x", held_out="test"), "held_out") == ["test/ant/1.png"]
     put(*(f"x/train/{name}/{i}.png" for name in ("ant", "bee") for i in range(20)))
@@ -101,13 +101,13 @@ def test_another_folder_or_a_share_can_be_held_out_beside_train(official):
     assert all(path.startswith("train/") for path in paths(shared, "held_out"))
 
 
-def test_a_home_folder_is_found(official, tmp_path, monkeypatch):
+def test_a_tilde_stands_for_the_home_folder(official, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert paths(Folder("~/x", size=4)) == paths(official)
 
 
-def test_a_new_folder_is_not_put_among_the_images(official, tmp_path):
-    """At the next start it would be a class."""
+def test_a_run_folder_among_the_images_is_refused(official, tmp_path):
+    """At the next start, it would be taken for a class."""
     official.check_outside("run_dir", "x/runs")
     official.check_outside("run_dir", "x/train/.cache/run")  # hidden, so no class
     one_folder = Folder("x/train", held_out=0.5)
@@ -122,7 +122,7 @@ def test_a_new_folder_is_not_put_among_the_images(official, tmp_path):
     one_folder.check_outside("run_dir", "x/training")
 
 
-def test_links_are_followed_but_not_in_circles(official):
+def test_links_are_followed_but_cycles_are_refused(official):
     put("elsewhere/cat/1.png")
     pathlib.Path("x/train/cat").symlink_to(pathlib.Path("elsewhere/cat").resolve())
     pathlib.Path("x/train/bee/3.png").symlink_to(pathlib.Path("elsewhere/cat/1.png").resolve())
@@ -144,7 +144,7 @@ def test_links_that_multiply_the_paths_of_an_image_are_refused(official):
         paths(Folder("x"))
 
 
-def test_broken_and_vanished_images_are_told_by_their_paths(official):
+def test_broken_and_missing_images_are_reported_by_path(official):
     source = official.source("train")
     pathlib.Path("x/train/ant/b.jpg").write_bytes(b"")
     pathlib.Path("x/train/bee/2.JPEG").unlink()
@@ -155,7 +155,7 @@ def test_broken_and_vanished_images_are_told_by_their_paths(official):
     assert source[2]["label"] == 1
 
 
-def test_folders_that_make_no_sense_are_refused(official):
+def test_invalid_folders_are_refused(official):
     def refused(message, root="x", **options):
         with pytest.raises(ValueError, match=message):
             Folder(root, **options).describe()
@@ -185,7 +185,7 @@ def test_folders_that_make_no_sense_are_refused(official):
     assert len(Folder("few", held_out=float(share[1])).source("held_out")) == 1
 
 
-def test_a_description_changes_with_the_images_and_not_with_their_place(official):
+def test_a_description_depends_on_the_images_but_not_on_the_root(official):
     before = official.describe()
     assert before["class_names"] == ["ant", "bee"] and before["train"]["images"] == 4
     pathlib.Path("x").rename("moved")
@@ -197,7 +197,7 @@ def test_a_description_changes_with_the_images_and_not_with_their_place(official
     assert Folder("moved").describe()["train"] != after["train"]
 
 
-def test_a_command_line_names_data_by_kind_and_place():
+def test_parse_dataset_takes_a_kind_and_a_location():
     assert parse_dataset("folder:/data/x", 64) == Folder("/data/x", size=64)
     assert parse_dataset("tfds:imagenet2012:5.1.0", (64, 32)) == TFDS(
         "imagenet2012:5.1.0", size=(64, 32)
@@ -210,7 +210,7 @@ def test_a_command_line_names_data_by_kind_and_place():
         parse_dataset("digits", 256)
 
 
-def test_photos_are_two_classes_whose_held_out_part_is_not_trained_on(tmp_path):
+def test_write_photos_makes_two_classes_of_crops(tmp_path):
     photos.write_photos("photos", size=16, train=6, val=3)
     data = Folder("photos", size=16)
     assert data.class_names == ("china", "flower")
@@ -240,8 +240,8 @@ def test_a_folder_is_read_without_the_libraries_of_other_datasets(official):
     assert done.stdout == "False False False False\n"
 
 
-def test_a_machine_that_fails_says_nothing_of_images_or_folders(tmp_path, monkeypatch):
-    """Not one image takes the place of another, with threads and with worker processes."""
+def test_errors_of_the_machine_are_not_taken_for_broken_images(tmp_path, monkeypatch):
+    """No image is replaced by another one, with threads and with worker processes."""
     for i in range(300):
         path = tmp_path / f"{'train' if i else 'val'}/{i:03d}.png"
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Images in the form of MNIST's files."""
+"""Tests the reader of IDX files, the format of MNIST."""
 
 import gzip
 import hashlib
@@ -24,7 +24,7 @@ def idx_bytes(array):
 
 
 def images(labels, height=6, width=5):
-    """Images whose upper left pixel is the position and whose next pixel in the row the label."""
+    """Returns images whose first pixel is the position and whose second pixel is the label."""
     image_NHW = np.zeros((len(labels), height, width), np.uint8)
     image_NHW[:, 0, 0], image_NHW[:, 0, 1] = np.arange(len(labels)), labels
     return image_NHW
@@ -44,14 +44,14 @@ def write(folder, prefix="", test="t10k", packed=True, first_label=0, transposed
             path.write_bytes(gzip.compress(idx_bytes(array)) if packed else idx_bytes(array))
 
 
-def test_both_splits_are_read_as_they_are_stored():
+def test_training_images_are_in_file_order_and_held_out_ones_sorted_by_class():
     write("x")
     data = Idx("x")
     assert data.image_shape == (6, 5, 1) and data.class_names == ("0", "1", "2")
     train, held_out = data.source("train"), data.source("held_out")
     np.testing.assert_array_equal(train.images_NHWC[..., 0], images(TRAIN_LABELS))
     np.testing.assert_array_equal(train.labels_N, TRAIN_LABELS)
-    # Class by class, and in the file's order within a class.
+    # Sorted by class, and in the file's order within a class.
     np.testing.assert_array_equal(held_out.labels_N, [0, 1, 1, 2])
     np.testing.assert_array_equal(held_out.images_NHWC[:, 0, 0, 0], [2, 0, 3, 1])
     np.testing.assert_array_equal(held_out.images_NHWC[:, 0, 1, 0], held_out.labels_N)
@@ -61,11 +61,11 @@ def test_both_splits_are_read_as_they_are_stored():
     np.testing.assert_array_equal(copy.images_NHWC, train.images_NHWC)
 
 
-def test_packing_and_names_do_not_change_the_data():
+def test_compression_and_file_names_do_not_change_the_data():
     write("packed")
     write("plain", packed=False)
     assert Idx("packed").describe() == Idx("plain").describe()
-    for path in pathlib.Path("plain").iterdir():  # as some programs unpack and name them
+    for path in pathlib.Path("plain").iterdir():  # names that some unpacking programs give
         path.rename(path.with_name(path.name.replace("-idx", ".idx") + ".gz"))
     assert Idx("packed").describe() == Idx("plain").describe()
     write("other")
@@ -76,18 +76,18 @@ def test_packing_and_names_do_not_change_the_data():
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_known_data_set_names_its_classes(monkeypatch, packed):
+def test_a_known_dataset_has_class_names(monkeypatch, packed):
     write("x")
     labels = pathlib.Path("x/train-labels-idx1-ubyte.gz").read_bytes()
     known = labels if packed else bytes(TRAIN_LABELS)
     digest = hashlib.sha256(known).hexdigest()
     monkeypatch.setattr(idx, "KNOWN_CLASSES", {digest: ("ant", "bee", "cow")})
     assert Idx("x").class_names == ("ant", "bee", "cow")
-    write("unpacked", packed=False)  # only labels without header are known in any packing
+    write("unpacked", packed=False)  # only a digest of labels without header fits any packing
     assert Idx("unpacked").class_names == (("0", "1", "2") if packed else ("ant", "bee", "cow"))
 
 
-def test_emnist_s_letters_start_at_one_and_are_turned_upright():
+def test_emnist_letters_are_numbered_from_zero_and_turned_upright():
     letters = [*range(26)]
     image_NHW = images(letters, 4, 4)
     pathlib.Path("x").mkdir()
@@ -104,7 +104,7 @@ def test_emnist_s_letters_start_at_one_and_are_turned_upright():
     np.testing.assert_array_equal(data.source("held_out").labels_N, letters)
 
 
-def test_one_of_several_data_sets_in_a_folder_is_named():
+def test_the_path_names_one_of_several_datasets_in_a_folder():
     for name in ("emnist-digits-", "emnist-mnist-"):
         write("x", name, test="test", transposed=True)
     with pytest.raises(InputError, match="holds 2 data sets: emnist-digits, emnist-mnist; name"):
@@ -117,14 +117,14 @@ def test_one_of_several_data_sets_in_a_folder_is_named():
         Idx("x/emnist-letters").classes  # noqa: B018
 
 
-def test_the_size_is_that_of_the_files():
+def test_a_size_other_than_that_of_the_files_is_refused():
     write("x", height=8, width=8)
     assert parse_dataset("idx:x", 8) == Idx("x")
     with pytest.raises(InputError, match="images in x are 8 by 8 pixels, not 256; choose"):
         parse_dataset("idx:x", 256)
 
 
-def test_images_are_augmented_on_demand():
+def test_images_are_augmented_on_request():
     write("x", height=8, width=8)
     image_HWC = Idx("x").source("train")[3]["image"]
     rng = np.random.default_rng(0)
@@ -183,7 +183,7 @@ def no_ones(content):
         (lambda: damage("t10k-images-idx3", other_sizes), "has images of other sizes"),
     ],
 )
-def test_files_in_the_wrong_place_are_refused(spoil, message):
+def test_files_that_do_not_fit_together_are_refused(spoil, message):
     write("x")
     spoil()
     with pytest.raises(InputError, match=message):
@@ -218,7 +218,7 @@ def test_a_folder_without_idx_files_is_refused(root):
         Idx(root).classes  # noqa: B018
 
 
-def test_a_folder_of_images_says_how_idx_files_are_read():
+def test_folder_points_to_idx_where_a_folder_has_idx_files():
     write("x")
     with pytest.raises(InputError, match="x has no images; .*idx files.*data=idx:x"):
         Folder("x").class_names  # noqa: B018
@@ -226,7 +226,7 @@ def test_a_folder_of_images_says_how_idx_files_are_read():
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs apt-get install dataset-fashion-mnist")
-def test_fashion_mnist_as_debian_ships_it():
+def test_fashion_mnist_from_debian_is_read():
     data = Idx(str(DEBIAN))
     assert data.class_names[0] == "T-shirt/top" and data.class_names[-1] == "Ankle boot"
     assert data.image_shape == (28, 28, 1)

@@ -10,7 +10,7 @@ from varjax.data.sources import Photos, parse_dataset, photos
 from varjax.metrics.image_sets import DatasetImages
 
 
-def test_no_pixel_is_both_trained_on_and_held_out():
+def test_training_and_held_out_crops_share_no_pixels():
     sides, held_out = Photos(32).source("train"), Photos(32).source("held_out")
     columns = {label: 0 for label in range(2)}
     for side_HWC, label in sides.parts:
@@ -25,7 +25,7 @@ def test_no_pixel_is_both_trained_on_and_held_out():
         np.testing.assert_array_equal(first, photo_HWC[:32, 240:272])
 
 
-def test_training_crops_come_from_everywhere_and_are_the_same_for_the_same_seed():
+def test_training_crops_come_from_all_parts_and_are_reproducible():
     data = Photos((24, 40), images=64, flip=True)
     assert (
         data.image_shape
@@ -39,7 +39,7 @@ def test_training_crops_come_from_everywhere_and_are_the_same_for_the_same_seed(
     assert len(np.unique(data.source("train").part_N)) == 4 and set(a["label_B"]) == {0, 1}
 
 
-def test_photos_are_refused_where_the_strip_is_narrower():
+def test_crops_larger_than_the_held_out_strip_are_refused():
     assert parse_dataset("photos", 64) == Photos(64)
     with pytest.raises(ValueError, match="size is 129, but crops have at most 128"):
         Photos(129)
@@ -47,7 +47,7 @@ def test_photos_are_refused_where_the_strip_is_narrower():
         Photos(images=0)
 
 
-def test_the_folder_of_crops_keeps_the_same_columns_apart(monkeypatch):
+def test_write_photos_holds_out_the_same_columns(monkeypatch):
     bright_HWC = np.zeros((427, 640, 3), np.uint8)
     bright_HWC[:, photos.HELD_OUT_COLUMNS] = 255
     monkeypatch.setattr(photos, "photographs", lambda: (bright_HWC, bright_HWC))
@@ -62,8 +62,8 @@ def test_the_folder_of_crops_keeps_the_same_columns_apart(monkeypatch):
         write_photos("x")
 
 
-def test_whole_images_of_both_splits_have_one_size():
-    """Measured as a reference, photographs are cut to the size of the crops."""
+def test_evaluation_gets_crops_of_one_size_from_both_splits():
+    """As a reference for evaluation, training photographs are cropped too."""
     data = Photos((24, 40))
     for split in ("train", "held_out"):
         ((_, images_NHWC),) = DatasetImages(data, split).parts([range(3)])

@@ -13,7 +13,7 @@ def replaced(*assignments):
     return config_tree.override(tiny.experiment("run"), assignments).data
 
 
-def test_a_dataset_is_replaced_by_the_words_of_a_config_s_argument():
+def test_a_flag_replaces_the_dataset_in_the_syntax_of_a_config_argument():
     pathlib.Path("a, b").mkdir()
     data = replaced("data=folder:a, b,held_out=0.3")
     assert data == Folder("a, b", (8, 8), channels=1, held_out=0.3)
@@ -32,7 +32,7 @@ def test_a_replaced_dataset_keeps_the_recipe_s_crop_and_flips():
     assert photos == Photos((64, 64), flip=True)
 
 
-def test_commands_take_fields_of_a_dataset_except_those_that_they_set_themselves():
+def test_commands_take_dataset_fields_except_those_that_they_set():
     pathlib.Path("a, b").mkdir()
     data = dataset_of_command("folder:a, b,held_out=test", 8, 1, "center")
     assert data == Folder("a, b", 8, channels=1, crop="center", held_out="test")
@@ -51,6 +51,6 @@ def test_commands_take_fields_of_a_dataset_except_those_that_they_set_themselves
         ("folder:a,hold_out=1", "Folder has no field 'hold_out'; did you mean 'held_out'"),
     ],
 )
-def test_a_text_that_names_no_dataset_says_what_is_allowed(text, message):
+def test_invalid_datasets_are_refused_with_advice(text, message):
     with pytest.raises(InputError, match=message):
         replaced(f"data={text}")

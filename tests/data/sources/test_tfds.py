@@ -19,10 +19,10 @@ from varjax.storage.image_files import BrokenImage
 
 
 class Stripes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Image i is of shade i; its label says whether that is odd."""
+    """A dataset in which image i has shade i, and a label that says whether i is odd."""
 
     VERSION = tfds.core.Version("1.2.3")
-    url_infos = {}  # nothing to download; to look for it TFDS needs another package
+    url_infos = {}  # nothing to download; without it, TFDS needs another package
 
     def _info(self):
         features = {
@@ -91,7 +91,7 @@ def test_a_dataset_is_found_by_name_and_by_directory(data_dir, data):
     np.testing.assert_array_equal(batch["image_BHWC"][:, 3, 3, 0] % 2, batch["label_B"])
 
 
-def test_parts_of_splits_are_splits(data_dir):
+def test_splits_may_be_slices(data_dir):
     parts = TFDS("stripes", str(data_dir), train="train[:60%]", held_out="train[60%:]")
     train, held_out = shades(parts.source("train")), shades(parts.source("held_out"))
     assert len(train) == 12 and sorted(train + held_out) == list(range(20))
@@ -100,12 +100,12 @@ def test_parts_of_splits_are_splits(data_dir):
     assert description == json.loads(json.dumps(description))
 
 
-def test_images_may_have_no_classes(data_dir):
+def test_an_empty_label_key_gives_one_class(data_dir):
     data = TFDS("stripes", str(data_dir), held_out="test", label_key="")
     assert data.classes == 1 and {data.source("train")[i]["label"] for i in range(20)} == {0}
 
 
-def test_threads_share_a_source_and_other_processes_get_it_closed(data):
+def test_threads_share_a_source_and_a_pickled_copy_reopens_its_files(data):
     source = data.source("train")
     expected = [source[i]["image"][0, 0, 0] for i in range(20)]
     copy = pickle.loads(pickle.dumps(source))
@@ -115,7 +115,7 @@ def test_threads_share_a_source_and_other_processes_get_it_closed(data):
     assert read == expected * 20
 
 
-def test_images_without_a_label_are_refused_unless_none_is_wanted(data_dir):
+def test_images_without_a_label_are_refused_unless_label_key_is_empty(data_dir):
     data = TFDS("stripes", str(data_dir), held_out="unlabeled")
     with pytest.raises(ValueError, match=r"unlabeled\[0\] \(0.png\) has no label; choose another"):
         data.source("held_out")[0]
@@ -123,7 +123,7 @@ def test_images_without_a_label_are_refused_unless_none_is_wanted(data_dir):
     assert data.source("held_out")[0]["label"] == 0
 
 
-def test_a_broken_record_is_told_by_its_place_and_file(data):
+def test_a_broken_record_is_reported_by_index_and_file_name(data):
     source, broken = data.source("held_out"), []
     for i in range(4):
         try:
@@ -134,7 +134,7 @@ def test_a_broken_record_is_told_by_its_place_and_file(data):
     assert f"stripes test[{i}] (2.png) cannot be read" in str(error)
 
 
-def test_what_is_missing_is_told_with_what_to_do(data_dir, tmp_path):
+def test_missing_datasets_splits_and_features_are_refused_with_advice(data_dir, tmp_path):
     def refused(message, name="stripes", **options):
         options = {"held_out": "test"} | options
         with pytest.raises(ValueError, match=message):
@@ -165,14 +165,14 @@ def test_what_is_missing_is_told_with_what_to_do(data_dir, tmp_path):
         ("dataset_info.json", []),
     ],
 )
-def test_a_description_that_tfds_refuses_is_told_in_one_message(data_dir, tmp_path, file, content):
+def test_metadata_that_tfds_refuses_is_reported_in_one_message(data_dir, tmp_path, file, content):
     shutil.copytree(data_dir / "stripes/1.2.3", folder := tmp_path / "bad")
     (folder / file).write_text(json.dumps(content))
     with pytest.raises(InputError, match="TFDS cannot open .*bad .*copy or prepare it again"):
         TFDS(str(folder), held_out="test").describe()
 
 
-def test_only_classes_of_tfds_are_imported(data_dir, tmp_path, monkeypatch):
+def test_metadata_cannot_import_classes_from_outside_tfds(data_dir, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     whole, folder = data_dir / "stripes/1.2.3", tmp_path / "bad"
@@ -207,7 +207,7 @@ def test_only_classes_of_tfds_are_imported(data_dir, tmp_path, monkeypatch):
         TFDS(str(folder), held_out="test").describe()
 
 
-def test_a_machine_that_fails_is_told_from_damaged_records(data_dir, tmp_path, monkeypatch):
+def test_errors_of_the_machine_are_not_taken_for_damaged_records(data_dir, tmp_path, monkeypatch):
     folder = tmp_path / "root/stripes/1.2.3"
     shutil.copytree(data_dir / "stripes/1.2.3", folder)
     data = TFDS("stripes", str(tmp_path / "root"), held_out="test", size=8)
@@ -233,7 +233,7 @@ def test_a_machine_that_fails_is_told_from_damaged_records(data_dir, tmp_path, m
             source[0]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert source[0]["image"].shape == (10, 12, 3)  # once it works
+    assert source[0]["image"].shape == (10, 12, 3)  # readable once files can be opened
     (file,) = folder.glob("*train*record*")
     content = bytearray(file.read_bytes())
     content[content.index(b"PNG") + 40] ^= 0xFF
@@ -251,7 +251,7 @@ def test_a_machine_that_fails_is_told_from_damaged_records(data_dir, tmp_path, m
         data.source("train")[0]
 
 
-def test_as_many_files_may_be_open_as_there_are_shards(data):
+def test_the_limit_on_open_files_is_raised(data):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 1100:
         pytest.skip("this machine allows no more open files")
