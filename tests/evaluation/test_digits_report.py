@@ -19,7 +19,7 @@ def test_real_digits_are_reported_as_good_and_noise_as_bad():
     assert table["copying"] == 0
 
 
-def test_copies_and_sameness_show():
+def test_copying_fraction_and_class_diversity_have_known_values():
     train = Digits().source("train")
     x_NC = train.images_NHWC.reshape(len(train), -1) / 255.0
     assert digits_report.copying_fraction(x_NC, x_NC) == 1
@@ -32,7 +32,7 @@ def test_copies_and_sameness_show():
     )
 
 
-def test_samples_stand_left_of_real_digits():
+def test_samples_are_drawn_left_of_real_digits():
     held_out = Digits().source("held_out")
     images_NHWC, label_N = held_out.images_NHWC, held_out.labels_N
     picture_HWC = digits_report.samples_and_real(images_NHWC, label_N, "samples of runs/digits")
@@ -42,7 +42,7 @@ def test_samples_stand_left_of_real_digits():
     assert left_HWC.shape[:2] == layout.size
     top, below = layout.origin[0] - 4, slice(layout.origin[0], None)
     assert np.array_equal(left_HWC[below], right_HWC[below])
-    assert not np.array_equal(left_HWC[:top], right_HWC[:top])  # their titles
+    assert not np.array_equal(left_HWC[:top], right_HWC[:top])  # the titles differ
     (y, x), (h, w) = layout.corner(30), layout.tile
     first_three = images_NHWC[label_N == 3][0].repeat(8, axis=0).repeat(8, axis=1)
     assert np.array_equal(left_HWC[y : y + h, x : x + w], first_three)
@@ -57,7 +57,7 @@ def test_samples_stand_left_of_real_digits():
         (None, 8, "has no labels"),
     ],
 )
-def test_samples_that_are_not_ten_digits_of_each_class_are_refused(
+def test_files_without_ten_digits_of_each_class_are_refused(
     label_N, size, message, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(digits_report, "digits_report", None)
@@ -71,7 +71,7 @@ def test_samples_that_are_not_ten_digits_of_each_class_are_refused(
     assert not (tmp_path / "report.json").exists()
 
 
-def test_several_samples_are_reported_by_mean_and_standard_deviation(tmp_path, capsys, monkeypatch):
+def test_several_files_are_reported_as_mean_and_standard_deviation(tmp_path, capsys, monkeypatch):
     def fake_report(images_NHWC, label_N):
         count = len(images_NHWC) / 100
         samples = {name: count * (i + 1.0) for i, name in enumerate(digits_report.MEANINGS)}

@@ -1,4 +1,4 @@
-"""`varjax evaluate`: of files and of models, going on after a kill, and what it refuses."""
+"""Tests `varjax evaluate` on files and models: metrics, resuming, sweeps and refusals."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def test_files_and_folders_may_be_named_like_datasets(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_digits_are_near_and_noise_is_far(tmp_path, capsys):
+def test_metrics_tell_real_digits_from_noise(tmp_path, capsys):
     digits_npz("real.npz")
     assert run("real.npz", *PIXELS, "--out=real.json") == 0
     real = json.loads((tmp_path / "real.json").read_text())
@@ -78,7 +78,7 @@ def test_real_digits_are_near_and_noise_is_far(tmp_path, capsys):
     assert "FID is larger with fewer samples" in printed
 
 
-def test_the_same_command_returns_the_report_and_another_is_refused(tmp_path, capsys, monkeypatch):
+def test_the_same_command_reuses_the_report_and_others_are_refused(tmp_path, capsys, monkeypatch):
     digits_npz("real.npz")
     assert run("real.npz", *PIXELS) == 0
     monkeypatch.setattr(FeatureExtractor, "__call__", None)  # nothing is computed again
@@ -88,7 +88,7 @@ def test_the_same_command_returns_the_report_and_another_is_refused(tmp_path, ca
     assert "report.json was made with other settings" in capsys.readouterr().err
 
 
-def test_another_output_is_refused_before_the_reference_is_read(tmp_path, capsys, monkeypatch):
+def test_an_unrelated_output_is_refused_before_the_reference_is_read(tmp_path, capsys, monkeypatch):
     digits_npz("real.npz")
     assert run("real.npz", *PIXELS) == 0
     monkeypatch.setattr(evaluate, "reference_of", None)
@@ -100,7 +100,7 @@ def test_another_output_is_refused_before_the_reference_is_read(tmp_path, capsys
     assert "exists and is not a report" in capsys.readouterr().err
 
 
-def test_images_behind_links_are_measured_too(tmp_path):
+def test_images_in_linked_folders_are_measured(tmp_path):
     for folder in ("images", "elsewhere"):
         (tmp_path / folder).mkdir()
         Image.new("L", (8, 8)).save(tmp_path / folder / "1.png")
@@ -108,7 +108,7 @@ def test_images_behind_links_are_measured_too(tmp_path):
     assert open_image_set(tmp_path / "images").shape[0] == 2
 
 
-def test_a_killed_evaluation_ends_with_the_same_report(tmp_path, monkeypatch):
+def test_a_killed_evaluation_resumes_to_the_same_report(tmp_path, monkeypatch):
     monkeypatch.setattr(image_sets, "IMAGES_PER_PART", 100)
     digits_npz("real.npz")
     assert run("real.npz", *PIXELS, "--out=whole.json") == 0
@@ -129,7 +129,7 @@ def test_a_killed_evaluation_ends_with_the_same_report(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*parts"))
 
 
-def test_classes_in_order_and_unequal_classes_are_said():
+def test_notices_warn_of_sorted_and_unbalanced_classes():
     rng = np.random.default_rng(0)
     label_N = np.repeat(np.arange(10), 30)
     logits_NV = 8 * np.eye(10)[label_N] + rng.normal(size=(300, 10))
@@ -140,7 +140,7 @@ def test_classes_in_order_and_unequal_classes_are_said():
     measured = report.measure(features, reference, label_N)
     assert any("ordered by class" in notice for notice in measured.notices)
     assert set(measured.left_out) == {"sfid", "precision", "recall", "kid"}
-    assert any("ordered" in n for n in report.measure(features, reference).notices)  # by logits
+    assert any("ordered" in n for n in report.measure(features, reference).notices)  # from logits
     order_N = rng.permutation(300)
     shuffled = {name: x[order_N] for name, x in features.items()}
     notices = report.measure(shuffled, reference, label_N[order_N]).notices
@@ -151,7 +151,7 @@ def test_classes_in_order_and_unequal_classes_are_said():
 
 
 @pytest.mark.slow
-def test_a_model_is_measured_as_the_samples_it_writes(tmp_path):
+def test_evaluating_a_model_equals_evaluating_its_samples(tmp_path):
     flags = [f"--weights={runs.var()}", "--count=3", "--seed=5", "--top_k=3"]
     assert run(*flags, *PIXELS, "--batch_size=8", "--out=drawn.json") == 0
     sample_command.main([*flags, "--labels=all", "--batch_size=8", "--out=samples.npz"])
@@ -197,7 +197,7 @@ def sweep(monkeypatch):
     return run_sweep, model
 
 
-def test_the_picture_of_a_sweep_does_not_become_an_image_of_the_reference(sweep, capsys, tmp_path):
+def test_a_sweep_inside_the_folder_of_the_reference_is_refused(sweep, capsys, tmp_path):
     run_sweep, model = sweep
     for number in range(40):
         image_io.write_png(tmp_path / f"{number}.png", np.zeros((8, 8, 1), np.uint8))
@@ -206,7 +206,7 @@ def test_the_picture_of_a_sweep_does_not_become_an_image_of_the_reference(sweep,
     assert "out=a.json: is inside" in capsys.readouterr().err and model.calls == 0
 
 
-def test_a_sweep_continues_with_more_values(sweep, tmp_path):
+def test_a_sweep_can_be_extended_with_more_values(sweep, tmp_path):
     run_sweep, model = sweep
     assert run_sweep("guidance=2,3") == 0 and model.calls == 2
     first = (tmp_path / "a.png").read_bytes()
@@ -227,7 +227,7 @@ def test_a_sweep_continues_with_more_values(sweep, tmp_path):
         (["guidance=1,2,3", "--top_k=7"], "samples.top_k: 900 there, 7 requested"),
     ],
 )
-def test_another_sweep_is_refused_before_sampling(sweep, capsys, tmp_path, arguments, message):
+def test_an_incompatible_sweep_is_refused(sweep, capsys, tmp_path, arguments, message):
     run_sweep, model = sweep
     assert run_sweep("guidance=2,3") == 0
     written = {path.name: path.read_bytes() for path in tmp_path.glob("a.*")}
@@ -236,7 +236,7 @@ def test_another_sweep_is_refused_before_sampling(sweep, capsys, tmp_path, argum
     assert {path.name: path.read_bytes() for path in tmp_path.glob("a.*")} == written
 
 
-def test_a_sweep_of_other_weights_or_references_is_refused_too(sweep, capsys, monkeypatch):
+def test_a_sweep_of_other_weights_or_references_is_refused(sweep, capsys, monkeypatch):
     run_sweep, model = sweep
     assert run_sweep("guidance=2,3") == 0
     digits_npz("other.npz", order=slice(9, 18))
@@ -245,14 +245,14 @@ def test_a_sweep_of_other_weights_or_references_is_refused_too(sweep, capsys, mo
     monkeypatch.setattr(FakeSampler, "identity", lambda self: {"weights": "other"})
     assert run_sweep("guidance=1,2,3") == 1
     assert "samples.weights: fake there, other requested" in capsys.readouterr().err
-    os.remove("a.guidance=3.json")  # without it, nothing tells what the point was
+    os.remove("a.guidance=3.json")  # a point without its report cannot be compared
     os.remove("a.guidance=2.json")
     assert run_sweep("guidance=1,2,3") == 1
     assert "the report of a point, a.guidance=2.json, is missing" in capsys.readouterr().err
     assert model.calls == 2
 
 
-def test_a_sweep_replaces_no_other_picture(sweep, capsys, tmp_path):
+def test_a_sweep_does_not_replace_other_files(sweep, capsys, tmp_path):
     run_sweep, model = sweep
     (tmp_path / "a.png").write_bytes(b"mine")
     assert run_sweep("guidance=2,3") == 1
@@ -281,7 +281,7 @@ def test_a_network_with_all_features_gives_every_metric(tmp_path, monkeypatch):
     assert found["fid"] > 0 and found["sfid"] > 0 and 1 <= found["inception_score"] < 4
 
 
-def test_the_sweep_is_read_by_the_options_types():
+def test_sweep_values_are_parsed_by_the_types_of_the_options():
     points = parse_sweep(["guidance=1,2.5", "top_k=5"], VAROptions())
     assert points == [{"guidance": 1.0, "top_k": 5}, {"guidance": 2.5, "top_k": 5}]
     for text, message in (
@@ -297,7 +297,7 @@ def test_the_sweep_is_read_by_the_options_types():
         parse_sweep(["guidance=1", "guidance=2"], VAROptions())
 
 
-def test_a_long_list_of_a_sweep_has_a_report_with_a_short_name(tmp_path):
+def test_a_long_list_in_a_sweep_gets_a_short_and_unique_file_name(tmp_path):
     paths = []
     for last in (1.0, 2.0):
         path = point_path(tmp_path / "sweep.json", {"guidance": (1.0,) * 256 + (last,)})
@@ -329,7 +329,7 @@ def test_a_long_list_of_a_sweep_has_a_report_with_a_short_name(tmp_path):
         (["two.npz", "--out=other.json"], "other.json exists and is not a report"),
     ],
 )
-def test_wrong_command_lines(tmp_path, capsys, arguments, message):
+def test_invalid_command_lines_are_refused(tmp_path, capsys, arguments, message):
     for name, shape in (("one", (1, 8, 8, 3)), ("two", (2, 8, 8, 3)), ("large", (2, 9, 9, 3))):
         np.savez(f"{name}.npz", arr_0=np.zeros(shape, np.uint8))
     (tmp_path / "other.json").write_text("{}")
@@ -340,7 +340,7 @@ def test_wrong_command_lines(tmp_path, capsys, arguments, message):
 
 @dataclasses.dataclass(frozen=True)
 class WithoutHeldOut(FakeImages):
-    """A dataset that lacks the split of the column "real"."""
+    """A dataset without the split that the column "real" needs."""
 
     def source(self, split):
         if split == "held_out":
@@ -349,7 +349,7 @@ class WithoutHeldOut(FakeImages):
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_a_split_that_is_missing_is_said_before_the_features(tmp_path, monkeypatch, drawn):
+def test_a_missing_split_is_reported_before_features_are_computed(tmp_path, monkeypatch, drawn):
     data = WithoutHeldOut(image_shape=(8, 8, 3))
     monkeypatch.setattr(references, "dataset_of_command", lambda *_: data)
     network = dataclasses.replace(pixel_network(), classes=10)
@@ -369,7 +369,7 @@ def test_a_split_that_is_missing_is_said_before_the_features(tmp_path, monkeypat
 
 
 def write_photographs(folder):
-    """Images of two classes, of other sizes than the samples."""
+    """Writes images of two classes, larger than the samples."""
     for i in range(40):
         path = folder / f"train/{i % 2}/{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -377,7 +377,7 @@ def write_photographs(folder):
         Image.fromarray(noise).resize((40, 24)).save(path)
 
 
-def test_references_are_cropped_by_the_models_recipe_or_the_flag(tmp_path, capsys, monkeypatch):
+def test_references_are_cropped_by_the_flag_or_the_models_recipe(tmp_path, capsys, monkeypatch):
     write_photographs(tmp_path / "photographs")
     digits_npz("real.npz", order=slice(40))
     against = ["real.npz", "--features=pixels", "--cache=cache", "--reference=folder:photographs"]
@@ -390,7 +390,7 @@ def test_references_are_cropped_by_the_models_recipe_or_the_flag(tmp_path, capsy
     assert found["adm"]["reference_crop"].startswith("cropped as in ADM")
     assert run("real.npz", *PIXELS, "--out=digits.json") == 0
     assert "(--crop" not in capsys.readouterr().out  # there is nothing to crop
-    # A model's own recipe, where nothing is said.
+    # Without the flag, the model's recipe decides.
     asked = []
     monkeypatch.setattr(command, "choose_crop", lambda *given: asked.append(given) or "center")
     monkeypatch.setattr(
@@ -401,7 +401,7 @@ def test_references_are_cropped_by_the_models_recipe_or_the_flag(tmp_path, capsy
 
 
 class FakeModel:
-    """As much of a released MAR as the command asks for before it draws."""
+    """A stand-in for a released MAR, with what the command needs before sampling."""
 
     classes, image_shape = 1000, (256, 256, 3)
     config = {"tokenizer": None, "mar": MARConfig.preset("mar_b")}
@@ -423,12 +423,12 @@ def test_a_released_mar_is_evaluated_in_256_steps(monkeypatch):
         assert asked[-1].options == MAROptions(steps=steps)
 
 
-def test_it_is_a_command():
+def test_evaluate_is_a_command():
     assert main.COMMANDS["evaluate"][0] == "varjax.evaluation.__main__"
 
 
 @pytest.mark.slow
-def test_two_processes_draw_together_what_one_draws(tmp_path):
+def test_two_processes_write_the_same_report_as_one(tmp_path):
     flags = [f"--weights={runs.var()}", "--count=3", "--batch_size=4", *PIXELS]
     assert run(*flags, "--out=one.json") == 0
     with socket.socket() as free:
@@ -446,6 +446,6 @@ def test_two_processes_draw_together_what_one_draws(tmp_path):
     ]
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert "30 samples" in said[0] and "samples" not in said[1]  # one measures and speaks
+    assert "30 samples" in said[0] and "samples" not in said[1]  # only the first prints
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one == two

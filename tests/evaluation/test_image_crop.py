@@ -1,4 +1,4 @@
-"""The crop of evaluation images: by a run's data, a directory's tokenizer, or a flag."""
+"""Tests the choice of the evaluation crop by a run's data, the tokenizer's kind, or a flag."""
 
 import numpy as np
 import pytest
@@ -38,22 +38,22 @@ def run(folder, data, tokenizer=VQ):
     return folder
 
 
-def test_a_tokenizers_kind_tells_the_crop_of_a_converted_directory(tmp_path):
+def test_the_crop_of_converted_weights_follows_from_the_kind_of_tokenizer(tmp_path):
     assert recipe_crop(converted(tmp_path / "kl", KL)) == "center"
     assert recipe_crop(converted(tmp_path / "vq", VQ)) == "random"
     assert recipe_crop(converted(tmp_path / "own", KL, crop="random")) == "random"
 
 
 @pytest.mark.parametrize("crop", ["random", "center"])
-def test_a_run_has_it_in_its_data(crop, tmp_path):
+def test_the_crop_of_a_run_is_that_of_its_data(crop, tmp_path):
     data = Folder("images", crop=crop)
     assert recipe_crop(run(tmp_path / "images", data)) == crop
-    # Latents are of images that were cropped in one way or the other.
+    # Cached latents record how their images were cropped.
     about = {"settings": {"kind": "Folder"} | config_tree.to_dict(data)}
     files.write_json(tmp_path / "cache/latents.json", about)
     latents = CachedLatents(str(tmp_path / "cache"))
     assert recipe_crop(run(tmp_path / "latents", latents)) == crop
-    # The run keeps a copy, for when the cache is moved or deleted.
+    # The run keeps a copy in case the cache is moved or deleted.
     files.write_json(tmp_path / "latents/data.json", about)
     (tmp_path / "cache/latents.json").unlink()
     assert recipe_crop(tmp_path / "latents") == crop
@@ -62,7 +62,7 @@ def test_a_run_has_it_in_its_data(crop, tmp_path):
     assert recipe_crop(run(tmp_path / "digits", Digits(), VQ)) == "random"
 
 
-def test_flags_win_and_others_are_refused(tmp_path):
+def test_crop_flags_take_precedence_and_unknown_ones_are_refused(tmp_path):
     kl = converted(tmp_path / "kl", KL)
     assert [choose_crop(flag, kl) for flag in ("auto", "var", "adm")] == [
         "center",

@@ -27,7 +27,7 @@ def real():
     return varjax.Features(REAL, features="pixels")
 
 
-def test_the_distance_is_that_of_the_pixels(real):
+def test_fid_in_pixel_features_is_the_frechet_distance_of_pixels(real):
     found = varjax.fid(SAMPLES, REAL, features="pixels")
     assert found == pytest.approx(expected(), rel=1e-4) and found > 0.01
     assert varjax.fid(real, REAL, features="pixels") == pytest.approx(0, abs=1e-5)
@@ -46,14 +46,14 @@ def test_the_distance_is_that_of_the_pixels(real):
     ],
     ids=["array", "floats", "iterator", "list", "npz", "folder", "features"],
 )
-def test_images_may_come_in_any_form(tmp_path, real, given):
+def test_fid_takes_arrays_iterables_paths_and_features(tmp_path, real, given):
     for name in ("samples.npz", "samples"):
         save(SAMPLES, tmp_path / name)
     assert varjax.fid(given(tmp_path), real) == pytest.approx(expected(), rel=1e-4)
 
 
 @pytest.mark.parametrize("form", ["statistics.npz", "real.npz"])
-def test_a_reference_is_statistics_or_images(tmp_path, monkeypatch, form):
+def test_a_reference_may_be_a_file_of_statistics_or_images(tmp_path, monkeypatch, form):
     monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
     moments = Moments.of(pixels(REAL))
     np.savez(tmp_path / "statistics.npz", mu=moments.mean_D, sigma=moments.covariance_DD)
@@ -62,7 +62,7 @@ def test_a_reference_is_statistics_or_images(tmp_path, monkeypatch, form):
     assert found == pytest.approx(expected(), rel=1e-4)
 
 
-def test_all_metrics_print_as_a_table(real):
+def test_evaluate_returns_metrics_that_print_as_a_table(real):
     measured = varjax.evaluate(SAMPLES, real)
     assert measured.metrics["fid"] == pytest.approx(expected(), rel=1e-4)
     assert 0 <= measured.metrics["recall"] <= 1
@@ -80,12 +80,12 @@ def test_all_metrics_print_as_a_table(real):
         ([SAMPLES, SAMPLES[:, :2]], "images of one size"),
     ],
 )
-def test_what_has_no_features_is_refused(real, samples, says):
+def test_invalid_images_are_refused(real, samples, says):
     with pytest.raises(InputError, match=says):
         varjax.fid(samples, real)
 
 
-def test_features_of_two_networks_are_not_compared(real):
+def test_features_of_different_networks_are_refused(real):
     other = varjax.Features(REAL, features="pixels")
     network = other.extract.network
     other.extract = type("Extractor", (), {"network": type("Network", (), {})()})()
@@ -97,7 +97,7 @@ def test_features_of_two_networks_are_not_compared(real):
 
 
 @pytest.mark.parametrize("given", [lambda x: x, lambda x: varjax.Features(x, features="pixels")])
-def test_pixels_of_two_sizes_are_not_compared(given):
+def test_images_of_different_sizes_are_refused(given):
     with pytest.raises(InputError, match=r"of \(4, 2, 1\), the reference of \(4, 4, 1\)"):
         varjax.fid(SAMPLES[:, :, :2], given(REAL), features="pixels")
 
@@ -114,7 +114,7 @@ def test_a_reference_may_be_a_dataset(tmp_path, monkeypatch):
     assert compared == pytest.approx(varjax.fid(digits[:50], digits, features="pixels"), rel=1e-4)
 
 
-def test_photographs_of_a_dataset_are_cropped_in_either_way(tmp_path, monkeypatch):
+def test_photographs_of_a_reference_are_cropped_as_requested(tmp_path, monkeypatch):
     monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
     for i, split in enumerate(["train"] * 4 + ["val"]):
         path = tmp_path / f"x/{split}/cat/{i}.png"
@@ -122,7 +122,7 @@ def test_photographs_of_a_dataset_are_cropped_in_either_way(tmp_path, monkeypatc
         Image.fromarray(RNG.integers(0, 256, (9, 12, 3), np.uint8)).save(path)
     distances = {}
     for name, crop in (("var", "random"), ("adm", "center")):
-        data = Folder(str(tmp_path / "x"), 4, channels=1, crop=crop)  # gray, as the samples
+        data = Folder(str(tmp_path / "x"), 4, channels=1, crop=crop)  # gray, like the samples
         source = data.source("train")
         real = np.stack([data.preprocess(source[i]["image"]) for i in range(4)])
         found = varjax.fid(SAMPLES, f"folder:{tmp_path / 'x'}", features="pixels", crop=name)
@@ -133,7 +133,7 @@ def test_photographs_of_a_dataset_are_cropped_in_either_way(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("measure", [varjax.fid, varjax.evaluate])
 @pytest.mark.parametrize("reference", [REAL, "real.npz"], ids=["array", "npz"])
-def test_only_a_dataset_has_splits(measure, reference):
+def test_split_and_crop_need_a_dataset(measure, reference):
     save(REAL, "real.npz")
     with pytest.raises(InputError, match="split=train: needs a reference that is a dataset"):
         measure(SAMPLES, reference, features="pixels", split="train")

@@ -1,4 +1,4 @@
-"""Published values stand only beside equal settings and the published weights."""
+"""Tests that published values are shown only for the published weights and equal settings."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ ADM = "somewhere/VIRTUAL_imagenet256_labeled.npz"
 
 @pytest.fixture
 def converted(tmp_path):
-    """Writes the config.json of a directory that was converted from the files of a release."""
+    """Returns a function that writes the config.json of weights converted from a release."""
 
     def write(name, **changes):
         release = RELEASES[name]
@@ -54,7 +54,7 @@ def mar_b(location, **changes):
     return dataclasses.replace(measurement, **changes)
 
 
-def test_equal_settings_of_published_weights_are_compared(converted):
+def test_published_weights_with_equal_settings_are_compared(converted):
     result, differences = compare_settings(var_d16(converted("var_d16")))
     assert result is not None and result.metrics == {"fid": 3.55} and not differences
     result, differences = compare_settings(mar_b(converted("mar_b")))
@@ -81,7 +81,7 @@ def test_equal_settings_of_published_weights_are_compared(converted):
         (dict(accept=0.1), "a classifier kept 0.1 of the samples, published all"),
     ],
 )
-def test_each_setting_that_differs_is_said(changes, says, converted):
+def test_each_setting_that_differs_is_reported(changes, says, converted):
     result, differences = compare_settings(var_d16(converted("var_d16"), **changes))
     assert result is not None and len(differences) == 1 and says in differences[0]
 
@@ -97,12 +97,12 @@ def test_each_setting_that_differs_is_said(changes, says, converted):
         (MAROptions(guidance=3.2, steps=256), "guidance is 3.2, published 2.9"),
     ],
 )
-def test_each_option_of_mar_counts(options, says, converted):
+def test_each_mar_option_that_differs_is_reported(options, says, converted):
     _, differences = compare_settings(mar_b(converted("mar_b"), options=options))
     assert differences == [says]
 
 
-def test_weights_are_known_by_the_digests_of_their_files_and_not_by_their_size(converted, tmp_path):
+def test_weights_are_recognized_by_file_digests_and_not_by_size(converted, tmp_path):
     def said(location, **changes):
         _, differences = compare_settings(var_d16(location, **changes))
         return differences[0] if differences else ""
@@ -112,23 +112,23 @@ def test_weights_are_known_by_the_digests_of_their_files_and_not_by_their_size(c
     assert "was not made from the published files of var_d16" in said(
         converted("var_d16", sources=other)
     )
-    # Of d20's files only the tokenizer is d16's too.
+    # d20 and d16 share only the tokenizer's file.
     assert "was not made from the published files of var_d16" in said(converted("var_d20"))
     options = {"convert_options": {"phi_ratio": 0.25}}
     assert "converted with other options than the defaults: phi_ratio" in said(
         converted("var_d16", **options)
     )
-    # Weights that others fine-tuned say so; nobody has published their digests.
+    # Weights fine-tuned by others name their release, whose digests are not published.
     location = converted("var_d16", release="var_d16_cca")
     assert release_name(location, VARConfig.preset("d16")) == "var_d16_cca"
     assert release_name(location, VARConfig.preset("d20")) == "var_d20"
     assert (
         said(location) == "the SHA-256 of the published VAR_d16_CCA.pth of var_d16_cca is not known"
     )
-    # A run that was fine-tuned from them.
+    # A run that was fine-tuned from published weights.
     files.write_json(tmp_path / "run/config.json", {"task": {"_type": "VARTask"}, "steps": 1})
     assert "was not made from the published files" in said(str(tmp_path / "run"))
-    # Nobody knows the digests of some files.
+    # The digests of some published files are unknown.
     _, differences = compare_settings(
         Measurement(
             converted("var_d16"), VARConfig.preset("d36"), VAROptions(), 50,
@@ -138,7 +138,7 @@ def test_weights_are_known_by_the_digests_of_their_files_and_not_by_their_size(c
     assert differences == ["the SHA-256 of the published var_d36.pth of var_d36 is not known"]
 
 
-def test_sizes_of_released_models_and_mars_steps():
+def test_released_models_are_recognized_by_size_and_mar_takes_256_steps():
     assert released_sizes(VARConfig.preset("d16")) == "var_d16"
     assert released_sizes(VARConfig.preset("d36")) == "var_d36"
     assert released_sizes(MARConfig.preset("mar_l")) == "mar_l"
@@ -156,7 +156,7 @@ def test_sizes_of_released_models_and_mars_steps():
     assert evaluation_options(VARConfig.preset("d16"), {}) == {}
 
 
-def test_a_report_shows_what_is_published_or_what_differs(capsys):
+def test_a_report_shows_published_values_or_the_differences(capsys):
     report = {
         "name": "x", "images": 50_000, "reference": ADM, "reference_images": None,
         "metrics": {"fid": 2.5, "inception_score": 280.0}, "left_out": {}, "notices": [],
@@ -172,5 +172,5 @@ def test_a_report_shows_what_is_published_or_what_differs(capsys):
     assert "no published value of mar_b is shown, because these differ:\n  steps is 64" in said
     print_report(report | {"published": None})
     assert "published" not in capsys.readouterr().out
-    print_report(report)  # one that an earlier version wrote
+    print_report(report)  # as an earlier version wrote it
     assert published.COUNT == 50

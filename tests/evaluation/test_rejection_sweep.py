@@ -1,4 +1,4 @@
-"""`varjax evaluate --accept`, and sweeps of the acceptance, which draw once for all points."""
+"""Tests `varjax evaluate --accept` and sweeps of the acceptance, which sample only once."""
 
 import jax
 import numpy as np
@@ -20,12 +20,12 @@ SWEEP = ["--sweep", "accept=1,0.5,0.2", "--out=sweep.json"]
 
 
 def predict(images_NHWC):
-    """Probabilities that follow from an image's gray value, with ties."""
+    """Computes probabilities from an image's gray value, with ties."""
     return np.repeat(images_NHWC[:, :1, 0, 0] * 7 % 11 / 10, 10, axis=1)
 
 
 def measure(features, reference, label_N, classes=None, logit_classes=None):
-    """A quick metric, which depends on the images and their order."""
+    """Computes a quick metric that depends on the images and their order."""
     pool_ND = features["pool_ND"]
     return SampleMetrics({"fid": float(pool_ND[:, 0] @ np.arange(len(pool_ND)))}, {}, [])
 
@@ -51,7 +51,7 @@ def report(name):
     return files.read_json(name) | {"versions": None}
 
 
-def test_a_sweep_of_acceptances_draws_once_what_each_of_them_draws_alone(model, tmp_path, capsys):
+def test_a_sweep_of_acceptances_samples_once_and_equals_single_runs(model, tmp_path, capsys):
     assert run(*SWEEP) == 0
     assert model.calls == 13  # 100 candidates in parts of 8
     assert "accept" in capsys.readouterr().out and (tmp_path / "sweep.png").is_file()
@@ -68,16 +68,16 @@ def test_a_sweep_of_acceptances_draws_once_what_each_of_them_draws_alone(model, 
     assert not list(tmp_path.glob(".*parts"))
 
 
-def test_a_lower_acceptance_is_added_with_the_batch_size_of_the_others(model):
+def test_adding_a_lower_acceptance_keeps_the_batch_size(model):
     model.devices = tuple(jax.devices()[:1])
-    for accepts in ("1,0.9", "1,0.9,0.5"):  # of 30 and of 40 candidates
+    for accepts in ("1,0.9", "1,0.9,0.5"):  # 30 and 40 candidates
         sweep = ["--batch_size=auto", "--sweep", f"accept={accepts}", "--out=sweep.json"]
         assert run(*sweep) == 0
         last = files.read_json(f"sweep.accept={accepts[-3:]}.json")
         assert last["request"]["samples"]["batch_size"] == 30
 
 
-def test_it_measures_the_images_that_the_sample_command_writes(model):
+def test_accept_measures_the_images_that_the_sample_command_writes(model):
     assert run("--accept=0.2", "--out=drawn.json") == 0
     assert sample.main([*FLAGS, "--labels=all", "--accept=0.2", "--out=samples.npz"]) == 0
     assert command.main(["samples.npz", *PIXELS, "--out=file.json"]) == 0
@@ -87,7 +87,7 @@ def test_it_measures_the_images_that_the_sample_command_writes(model):
 
 
 @pytest.mark.parametrize("fails_at", [4, "report"])
-def test_an_interrupted_sweep_continues_to_the_same_reports(fails_at, model, monkeypatch):
+def test_an_interrupted_sweep_resumes_to_the_same_reports(fails_at, model, monkeypatch):
     monkeypatch.setattr(command, "write_sweep", lambda points, out: out)
     assert run(*SWEEP[:2], "--out=whole.json") == 0
     with monkeypatch.context() as patch:
@@ -127,11 +127,11 @@ def test_an_interrupted_sweep_continues_to_the_same_reports(fails_at, model, mon
         ([], "accept=None, classifier=fake: give both"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_sampling(arguments, message, model, capsys):
+def test_invalid_flags_are_refused_before_sampling(arguments, message, model, capsys):
     assert run(*arguments) == 1
     assert message in capsys.readouterr().err and model.calls == 0
 
 
-def test_samples_of_a_file_cannot_be_rejected(capsys):
+def test_accept_is_refused_for_samples_of_a_file(capsys):
     assert command.main(["a.npz", *PIXELS, "--accept=0.5", "--classifier=digits"]) == 1
     assert "--accept, --classifier: needs --weights" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Sweeps of the seed: one report for each seed, and means with standard deviations."""
+"""Tests sweeps of the seed: a report for each seed, and means with standard deviations."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ FLAGS = ["--weights=fake", "--reference=real.npz", "--features=pixels", "--batch
 
 @pytest.fixture
 def jobs(monkeypatch):
-    """Replaces drawing and measuring; returns the jobs that the command asks for."""
+    """Replaces sampling and measuring; returns the jobs that the command asks for."""
     asked = []
 
     def evaluate_model(settings, model, name, jobs, classifier):
@@ -29,7 +29,7 @@ def jobs(monkeypatch):
     return asked
 
 
-def test_each_seed_is_drawn_and_the_table_shows_mean_and_deviation(jobs, tmp_path, capsys):
+def test_each_seed_is_sampled_and_the_table_shows_mean_and_deviation(jobs, tmp_path, capsys):
     sweep = ["--sweep", "guidance=1,2", "seed=0,1,2", "--out=sweep.json"]
     assert command.main([*FLAGS, *sweep]) == 0
     assert [(job.options.guidance, job.seed) for _, job in jobs] == [
@@ -50,7 +50,7 @@ def test_each_seed_is_drawn_and_the_table_shows_mean_and_deviation(jobs, tmp_pat
     assert (tmp_path / "sweep.png").is_file()
 
 
-def test_seeds_alone_are_one_line(jobs, capsys):
+def test_a_sweep_of_seeds_alone_is_one_line(jobs, capsys):
     assert command.main([*FLAGS, "--sweep", "seed=1,3", "--out=seeds.json"]) == 0
     assert "30.0000 ± 5.6569\n" in capsys.readouterr().out
     assert len(files.read_json("seeds.json")["points"]) == 2
@@ -63,7 +63,7 @@ def test_a_single_seed_has_no_deviation():
     assert sweep_table(points).endswith("1:2            3.0000")
 
 
-def test_seeds_are_read_apart_from_the_options():
+def test_split_sweep_separates_seeds_and_acceptances_from_options():
     assert split_sweep(["seed=3,1", "top_k=5", "accept=1"]) == ([1.0], [3, 1], ["top_k=5"])
 
 
@@ -77,12 +77,12 @@ def test_seeds_are_read_apart_from_the_options():
         (["seed=1.5"], "sweep seed=1.5: give a int"),
     ],
 )
-def test_wrong_seeds_are_refused(texts, message):
+def test_invalid_seeds_are_refused(texts, message):
     with pytest.raises(InputError, match=message):
         split_sweep(texts)
 
 
-def test_a_seed_and_a_sweep_of_seeds_contradict_each_other(jobs, capsys):
+def test_a_seed_together_with_a_sweep_of_seeds_is_refused(jobs, capsys):
     assert command.main([*FLAGS, "--seed=3", "--sweep", "seed=1,2"]) == 1
     assert "seed=3 and a sweep of seed: give one of them" in capsys.readouterr().err
     assert jobs == []

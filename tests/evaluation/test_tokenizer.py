@@ -1,4 +1,4 @@
-"""The report on a tokenizer, from its run to the pictures."""
+"""Tests `varjax evaluate-tokenizer`: metrics, pictures and what is refused."""
 
 import dataclasses
 import pathlib
@@ -70,7 +70,7 @@ def split(promoting, params):
     return measure_split(CONFIG, params, Ten(4), show=(0, 3, 9), worst=2)
 
 
-def test_the_batch_size_and_broken_images_change_nothing(split, params):
+def test_metrics_leave_out_broken_images_and_do_not_depend_on_batch_size(split, params):
     other = measure_split(CONFIG, params, Ten(10), show=(0, 3, 9), worst=2)
     a, b = split.summary(), other.summary()
     assert a["images"] == 9 and [x.number for x in split.shown] == [0, 9]  # 3 is broken
@@ -80,7 +80,7 @@ def test_the_batch_size_and_broken_images_change_nothing(split, params):
         np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
 
 
-def test_figures_are_those_of_the_images_decoded_one_by_one(split, params):
+def test_metrics_match_a_direct_computation(split, params):
     model = VQTokenizer(CONFIG).bind({"params": params})
     x_BHWC = to_model_range(IMAGES[np.arange(10) != 3])
 
@@ -117,7 +117,7 @@ def test_figures_are_those_of_the_images_decoded_one_by_one(split, params):
     assert abs(shown[1:].astype(int) - 127.5 * (y_KBHWC[:, -1] + 1)).max() <= 1
 
 
-def test_lpips_is_measured_where_it_is_given(monkeypatch, split, params):
+def test_lpips_is_measured_if_its_weights_are_given(monkeypatch, split, params):
     def lpips(params, x_BHWC, y_BHWC):  # the real one takes long to compile
         return params["factor"] * jnp.mean(jnp.abs(x_BHWC - y_BHWC), axis=(1, 2, 3))
 
@@ -134,9 +134,9 @@ def test_the_command_writes_a_report_and_pictures(tmp_path, capsys):
     assert "355 held-out images of digits" in said.out and "4×4" in said.out
     report = files.read_json(tmp_path / "out/evaluation.json")
     held_out = Digits().source("held_out").images_NHWC
-    assert report["images"] == 355 and "ssim" not in report  # smaller than its window
+    assert report["images"] == 355 and "ssim" not in report  # too small for SSIM's window
     expected = _psnr_of_the_task(weights)
-    np.testing.assert_allclose(report["psnr"], expected, atol=0.05)  # there it is not clipped
+    np.testing.assert_allclose(report["psnr"], expected, atol=0.05)  # the task does not clip
     title = f"{weights} · held-out images of digits"
     scales = Captions(title, rows=["original", "scale 1", "scale 2", "scale 3"])
     names = ["original", "reconstruction", "4 x difference"]
@@ -151,14 +151,14 @@ def test_another_tokenizers_report_is_not_overwritten(tmp_path, capsys, monkeypa
     flags = [f"--weights={runs.tokenizer()}", "--data=digits", "--batch_size=64", "--out=out"]
     assert command.main(flags) == 0
     report = (tmp_path / "out/evaluation.json").read_bytes()
-    assert command.main(flags) == 0  # the same again
+    assert command.main(flags) == 0  # the same request
     monkeypatch.setattr(command, "measure_split", None)
     for change in (f"--weights={runs.untrained_var()}", "--data=random", "--features=pixels"):
         capsys.readouterr()
         assert command.main([*flags, change]) == 1
         assert "made with other settings" in capsys.readouterr().err
     assert (tmp_path / "out/evaluation.json").read_bytes() == report
-    files.write_json(tmp_path / "out/evaluation.json", {"psnr": 20.0})  # of an older version
+    files.write_json(tmp_path / "out/evaluation.json", {"psnr": 20.0})  # an older version's
     assert command.main(flags) == 1
     assert "does not say which weights" in capsys.readouterr().err
     (tmp_path / "out/evaluation.json").unlink()
@@ -168,7 +168,7 @@ def test_another_tokenizers_report_is_not_overwritten(tmp_path, capsys, monkeypa
     assert (tmp_path / "out/worst.png").read_bytes() == picture
 
 
-def test_a_report_does_not_go_into_the_folder_of_the_images(tmp_path, capsys):
+def test_a_report_inside_the_folder_of_images_is_refused(tmp_path, capsys):
     """Its pictures would become images of the dataset."""
     for number in range(40):
         Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
@@ -200,14 +200,14 @@ def _psnr_of_the_task(weights):
         ({"features": "pixels", "inception": "anywhere"}, "needs no weights of Inception"),
     ],
 )
-def test_what_cannot_be_measured_is_said_at_once(flags, message, capsys, tmp_path):
+def test_invalid_flags_are_refused_at_once(flags, message, capsys, tmp_path):
     flags = {"weights": str(runs.tokenizer()), "data": "digits"} | flags
     assert command.main([f"--{name}={value}" for name, value in flags.items()]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_a_run_that_held_out_other_images_is_noticed(capsys):
+def test_a_run_that_held_out_other_images_is_reported(capsys):
     def said(text, **changes):
         trained = Folder("images", held_out=0.02)
         config = {"data": {"_type": "Folder"} | config_tree.to_dict(trained) | changes}
@@ -222,7 +222,7 @@ def test_a_run_that_held_out_other_images_is_noticed(capsys):
     assert not capsys.readouterr().err
 
 
-def test_each_tokenizer_has_its_folder(tmp_path, monkeypatch):
+def test_the_default_output_folder_is_named_after_the_weights(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(command, "evaluate_tokenizer", lambda **given: asked.append(given["out"]))
     monkeypatch.setattr(command, "report_table", str)
@@ -231,7 +231,7 @@ def test_each_tokenizer_has_its_folder(tmp_path, monkeypatch):
     assert asked == ["evaluation/digits_tokenizer", "mine"]
 
 
-def test_a_split_without_an_image_is_refused(params):
+def test_a_split_without_valid_images_is_refused(params):
     class Broken(Ten):
         def held_out(self):
             for batch in super().held_out():
@@ -241,7 +241,7 @@ def test_a_split_without_an_image_is_refused(params):
         measure_split(CONFIG, params, Broken(4))
 
 
-def test_reconstructions_are_compared_with_the_same_images(tmp_path, monkeypatch, capsys):
+def test_reconstruction_fid_is_measured_against_the_same_images(tmp_path, monkeypatch, capsys):
     arguments = [f"--weights={runs.tokenizer()}", "--data=digits", "--batch_size=64"]
     assert command.main([*arguments, f"--out={tmp_path}", "--features=pixels"]) == 0
     report = files.read_json(tmp_path / "evaluation.json")
@@ -258,7 +258,7 @@ def test_reconstructions_are_compared_with_the_same_images(tmp_path, monkeypatch
     assert report["features"] == "pixels"
 
 
-def test_a_classifier_tells_which_reconstructions_still_show_their_class(tmp_path, capsys):
+def test_a_classifier_measures_the_label_accuracy_of_reconstructions(tmp_path, capsys):
     classifier, data = str(tmp_path / "classifier"), Digits().source("held_out")
     training = ["--data=digits", "--steps=60", "--batch_size=64", f"--out={classifier}"]
     assert train_classifier.main(training) == 0
@@ -278,7 +278,7 @@ def test_a_classifier_tells_which_reconstructions_still_show_their_class(tmp_pat
     assert "samples each" not in out  # the classes of held-out images need not be balanced
 
 
-def test_a_reconstruction_that_is_nan_is_refused_by_the_image_s_number(params):
+def test_a_nan_reconstruction_is_refused_with_the_image_number(params):
     bad = jax.tree.map(lambda x: x, params)
     bad["decoder"]["conv_out"]["bias"] = np.full_like(bad["decoder"]["conv_out"]["bias"], np.nan)
     with pytest.raises(InputError, match="image 0 .from 0., and 3 of the 3 images .* psnr.* not f"):

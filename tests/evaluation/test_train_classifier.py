@@ -1,4 +1,4 @@
-"""A trained classifier: what it learns, what is refused, and measuring samples with it."""
+"""Tests `varjax train-classifier`, and evaluation with the classifiers that it writes."""
 
 import dataclasses
 import os
@@ -33,14 +33,14 @@ def random_params():
 
 
 def write_untrained(path, **changes):
-    """Writes a directory as the command does, of random parameters."""
+    """Writes a classifier with random parameters, in the format of the command."""
     settings = {"_type": "ConvNetConfig", **dataclasses.asdict(UNTRAINED), **changes}
     write_weights(path, {"classifier": settings}, {"classifier": trees.paths(random_params())}, {})
     return path
 
 
 @pytest.mark.slow
-def test_digits_are_learned_alike_from_equal_seeds_and_the_directory_is_a_classifier(tmp_path):
+def test_training_learns_digits_and_is_reproducible(tmp_path):
     arguments = ["--data=digits", "--steps=60", "--batch_size=64"]
     assert command.main([*arguments, "--out=a"]) == command.main([*arguments, "--out=b"]) == 0
     about = files.read_json(tmp_path / "a/config.json")
@@ -60,7 +60,7 @@ def test_digits_are_learned_alike_from_equal_seeds_and_the_directory_is_a_classi
     np.testing.assert_allclose(probability_N, expected_N, rtol=1e-5)
 
 
-def test_dropout_is_off_without_a_key_and_another_with_another_key():
+def test_dropout_depends_on_the_key_and_is_off_without_one():
     params = random_params()
     image_BHWC = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     plain, again, one, other = (
@@ -80,7 +80,7 @@ def test_dropout_is_off_without_a_key_and_another_with_another_key():
         ((256, 256), (32, 64, 128, 128, 128)),
     ],
 )
-def test_maps_are_halved_until_they_have_eight_positions_a_side(size, widths):
+def test_depth_and_widths_follow_from_the_image_size(size, widths):
     assert ConvNetConfig.for_images(size, 5).widths == widths
 
 
@@ -97,7 +97,7 @@ def test_maps_are_halved_until_they_have_eight_positions_a_side(size, widths):
         (["--data=digits", "--out=/proc/x/y"], "cannot write to /proc/x"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_at_once(flags, message, tmp_path, capsys, monkeypatch):
+def test_invalid_flags_are_refused_at_once(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "train_classifier", None)
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").touch()
@@ -135,7 +135,7 @@ def test_a_trained_classifier_is_not_replaced_by_a_converted_one(tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == held
 
 
-def test_a_finished_training_is_that_of_one_image_size(tmp_path, monkeypatch):
+def test_a_finished_classifier_of_another_image_size_is_refused(tmp_path, monkeypatch):
     config = ConvNetConfig((16, 16), classes=7, widths=(4,), features=6)
     monkeypatch.setattr(command, "train_classifier", lambda *_: (config, {"x": np.zeros(1)}, 0.5))
 
@@ -150,7 +150,7 @@ def test_a_finished_training_is_that_of_one_image_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_real_images_have_equal_metrics_as_samples_and_as_the_floor(tmp_path, capsys):
+def test_real_images_have_equal_metrics_as_samples_and_as_real_images(tmp_path, capsys):
     """The samples are the held-out digits, which are also the real images of the report."""
     digits_npz("real.npz")
     features = f"--features={write_untrained(tmp_path / 'weights')}"
@@ -169,7 +169,7 @@ def test_real_images_have_equal_metrics_as_samples_and_as_the_floor(tmp_path, ca
     assert "real: 355 held_out images of digits" in printed and "label accuracy" in printed
 
 
-def test_training_images_are_no_measure_of_a_classifier(tmp_path):
+def test_label_accuracy_of_training_images_is_not_reported(tmp_path):
     digits_npz("real.npz", order=slice(50))
     features = f"--features={write_untrained(tmp_path / 'weights')}"
     flags = ["--reference=digits", "--split=held_out", "--cache=cache"]
