@@ -229,7 +229,7 @@ class FakeKLTask:
 
 
 def test_latents_may_be_float_arrays(tmp_path, capsys):
-    """Like tokens, they are cached by several processes, read, shuffled and resumed."""
+    """Float latents are cached by several processes, read, shuffled and resumed like tokens."""
     data = FakeImages(150, (7,), image_shape=(4, 6, 1), reading=ReadOptions())
     task, settings = FakeKLTask(), dict(seed=3, batch_size=40, augmentations=2, shards=4)
     for index in (1, 0):
@@ -278,7 +278,7 @@ def write_noise(folder, count):
 def test_two_augmentations_of_center_crops_are_both_flips_of_every_image(
     tmp_path, monkeypatch, capsys
 ):
-    """Training on images shows the same flips in the same epochs, even for broken images."""
+    """Training on images shows the same flips in the same epochs, even in place of broken ones."""
     write_noise(tmp_path / "x", 150)
     (tmp_path / "x/train/077.png").write_bytes(b"")
     (tmp_path / "config.py").write_text(CENTER_CROPS)

@@ -1,4 +1,4 @@
-"""Tests that NaN images are not written, the error names the first, and good ones are kept."""
+"""Tests that NaN images are reported and not written, and that good images are kept."""
 
 import types
 

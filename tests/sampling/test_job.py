@@ -92,7 +92,7 @@ def test_an_npz_is_shuffled_and_images_keep_their_labels(whole):
         images_NHWC, label_N = file["arr_0"], file["labels"]
     assert images_NHWC.shape == (200, 8, 8, 3) and images_NHWC.dtype == np.uint8
     assert np.array_equal(np.bincount(label_N), np.full(10, 20))
-    assert np.sum(np.diff(label_N) == 0) < 60  # it would be 190 if they were in order
+    assert np.sum(np.diff(label_N) == 0) < 60  # 190 if labels were in order
     for label in range(10):
         there = sorted(images_NHWC[label_N == label, ..., 0].reshape(20, -1).tolist())
         pngs = [np.asarray(Image.open(p)) for p in folder.glob(f"*_label{label:04d}.png")]

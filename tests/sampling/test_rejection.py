@@ -168,7 +168,7 @@ def test_the_output_may_be_the_current_folder(tmp_path, monkeypatch):
     candidates_folder("/")  # no error here: the output is refused later
 
 
-def test_a_damaged_part_is_drawn_again(whole, tmp_path):
+def test_a_damaged_part_is_sampled_again(whole, tmp_path):
     out = tmp_path / "a.npz"
     with pytest.raises(KeyboardInterrupt):
         draw(out, FakeClassifier(fails_at=9))
