@@ -1,4 +1,4 @@
-"""Checkpoints as they come: averaged, wrapped, compiled, in parts, of half precision, or HMAR's."""
+"""Tests checkpoint variants: EMA weights, name prefixes, half precision, several parts, HMAR."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from varjax.storage.safetensors_io import write_safetensors
 
 @functools.cache
 def official():
-    """Tensors of a tiny KL tokenizer. Not to be changed."""
+    """Returns the tensors of a tiny KL tokenizer; callers must not change them."""
     return tiny()[1]
 
 
@@ -32,7 +32,7 @@ def bias(params):
     return params["decoder"]["conv_out"]["bias"]
 
 
-def test_the_average_of_a_deit_style_checkpoint_is_taken_and_said(tmp_path, capsys):
+def test_ema_weights_of_a_deit_style_checkpoint_are_used_and_reported(tmp_path, capsys):
     last = {name: x + 1 for name, x in official().items()}
     checkpoint = {"model": last, "ema": official(), "epoch": 3}
     write_nested(tmp_path / "both.pth", checkpoint)
@@ -45,7 +45,7 @@ def test_the_average_of_a_deit_style_checkpoint_is_taken_and_said(tmp_path, caps
     params = converted(tmp_path / "both.pth", tmp_path / "out", ema=False)
     np.testing.assert_array_equal(bias(params), expected + 1)
     assert "EMA" not in capsys.readouterr().err
-    # A setting of that name is no average.
+    # A dict of settings named "ema" holds no EMA weights.
     write_nested(tmp_path / "one.pth", {"model": last, "ema": {"decay": 0.99}})
     params = converted(tmp_path / "one.pth", tmp_path / "out")
     np.testing.assert_array_equal(bias(params), expected + 1)
@@ -53,8 +53,8 @@ def test_the_average_of_a_deit_style_checkpoint_is_taken_and_said(tmp_path, caps
         converted(tmp_path / "one.pth", tmp_path / "out", ema=True)
 
 
-def test_a_trainer_may_hold_the_weights_themselves():
-    """As in CCA's fine-tuning of VAR, beside the epoch and the arguments."""
+def test_the_trainer_entry_may_be_a_state_dict():
+    """CCA's fine-tuning of VAR saves it like this, next to the epoch and the arguments."""
     var = weights.state_dict("base", "var")
     found = find_state_dicts({"epoch": 1, "iter": 0, "trainer": var, "args": {"depth": 16}})
     assert found.keys() == {""} and found[""].keys() == var.keys()
@@ -63,7 +63,7 @@ def test_a_trainer_may_hold_the_weights_themselves():
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_prefixes_of_torch_are_removed(prefix, tmp_path):
+def test_prefixes_of_ddp_and_torch_compile_are_removed(prefix, tmp_path):
     renamed = {prefix + name: x for name, x in official().items()}
     write_nested(tmp_path / "vae.pth", {"ema": renamed, "model": renamed})
     params = converted(tmp_path / "vae.pth", tmp_path / "out")
@@ -81,7 +81,7 @@ def test_half_precision_becomes_float32(dtype, tmp_path):
 
 
 def write_parts(folder):
-    """Two parts and their index."""
+    """Writes a checkpoint in two parts; returns the index's path and content, and file names."""
     names = sorted(official())
     parts = {
         f"vae-0000{i + 1}-of-00002.safetensors": {n: official()[n] for n in names[i::2]}
@@ -95,7 +95,7 @@ def write_parts(folder):
     return folder / "vae.safetensors.index.json", index, list(parts)
 
 
-def test_parts_are_read_by_their_index(tmp_path, capsys):
+def test_a_checkpoint_in_parts_is_read_by_its_index(tmp_path, capsys):
     index, about, parts = write_parts(tmp_path)
     params = converted(index, tmp_path / "out")
     np.testing.assert_array_equal(bias(params), official()["decoder.conv_out.bias"])
@@ -117,7 +117,7 @@ def test_parts_are_read_by_their_index(tmp_path, capsys):
     assert "absent.safetensors: does not exist" in refuse(f"--kl={index}")
 
 
-def test_hmar_is_refused_by_name():
+def test_hmar_checkpoints_are_recognized_and_refused():
     var = weights.state_dict("base", "var")
     hmar = {n: x for n, x in var.items() if n != "word_embed.bias"} | {
         "ns_head.weight": var["head.weight"]

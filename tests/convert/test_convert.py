@@ -30,12 +30,12 @@ from varjax.var.model import VARConfig
 from varjax.weight_files import convert_to_torch
 
 OFFICIAL = json.loads((weights.HERE / "official_state_dicts.json").read_text())
-HEADS = {"no_qk_norm": ["--heads=3"]}  # what these tensors cannot tell
+HEADS = {"no_qk_norm": ["--heads=3"]}  # these tensors do not determine the heads
 
 
 @functools.cache
 def official(name, part):
-    """A golden case as the official code saves it: weights and buffers. Not to be changed."""
+    """Returns a golden case's official weights and buffers; callers must not change them."""
     config = golden.configs(name)[("vae", "var").index(part)]
     buffers = apply_map.official_buffers(config)
     return weights.state_dict(name, part) | {n: np.asarray(x) for n, x in buffers.items()}
@@ -43,7 +43,7 @@ def official(name, part):
 
 @pytest.fixture
 def base(tmp_path):
-    """(vae.pth, var.pth) of the base case."""
+    """Writes vae.pth and var.pth of the base case; returns their paths."""
     for part in ("vae", "var"):
         write_pth(tmp_path / f"{part}.pth", official("base", part))
     return tmp_path / "vae.pth", tmp_path / "var.pth"
@@ -51,7 +51,7 @@ def base(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
-def test_official_files_reproduce_the_reference_and_go_back_to_the_bit(name, tmp_path, capsys):
+def test_official_files_reproduce_the_reference_and_round_trip_exactly(name, tmp_path, capsys):
     vae, var = tmp_path / "vae.pth", tmp_path / "var.safetensors"
     write_pth(vae, official(name, "vae"))
     save_file(official(name, "var"), var)
@@ -77,7 +77,7 @@ def test_official_files_reproduce_the_reference_and_go_back_to_the_bit(name, tmp
 
 
 @pytest.mark.slow
-def test_a_directory_says_what_it_was_made_of_and_is_replaced_whole(base, tmp_path):
+def test_a_directory_records_its_sources_and_is_replaced_without_losing_files(base, tmp_path):
     out = tmp_path / "out"
     convert(out, tokenizer=base[0], var=base[1])
     config = json.loads((out / "config.json").read_text())
@@ -103,7 +103,7 @@ def test_a_directory_says_what_it_was_made_of_and_is_replaced_whole(base, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [np.float16, bfloat16, np.float64])
-def test_other_formats_become_float32(dtype, tmp_path):
+def test_other_dtypes_become_float32(dtype, tmp_path):
     half = {
         n: x.astype(dtype) if x.dtype == np.float32 else x
         for n, x in official("base", "var").items()
@@ -118,7 +118,7 @@ def test_other_formats_become_float32(dtype, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_the_official_trainer_serves_both(tmp_path):
+def test_a_checkpoint_of_the_official_trainer_provides_both_models(tmp_path):
     path = tmp_path / "ar-ckpt-best.pth"
     var = {f"_orig_mod.{n}": x for n, x in official("base", "var").items()}
     write_trainer(path, {"var_wo_ddp": var, "vae_local": official("base", "vae")})
@@ -140,7 +140,7 @@ def infer_config(tensors, part, options):
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_sizes_of_the_released_models_are_told_from_their_shapes(name):
+def test_configs_of_the_released_models_are_inferred_from_tensor_shapes(name):
     tensors = {n: np.broadcast_to(np.float32(0), s) for n, s in OFFICIAL[name].items()}
     if not name.startswith("var"):
         assert infer_config(tensors, "tokenizer", {}) == VQConfig()
@@ -148,7 +148,7 @@ def test_sizes_of_the_released_models_are_told_from_their_shapes(name):
         assert of_512 == VQConfig(scales=SCALES_512)
         return
     preset = VARConfig.preset(name.removeprefix("var_"))
-    # How a model was initialized is not to be seen in it.
+    # The tensors do not show how the model was initialized.
     preset = dataclasses.replace(preset, gate_init=VARConfig.gate_init)
     tensors["lvl_1L"] = preset.pyramid.level_L[None]
     assert infer_config(tensors, "var", {}) == preset
@@ -156,7 +156,7 @@ def test_sizes_of_the_released_models_are_told_from_their_shapes(name):
     assert infer_config(tensors, "var", {}) == preset
 
 
-def test_what_tensors_do_not_tell_is_asked_for():
+def test_settings_that_tensors_do_not_determine_are_requested():
     var = dict(official("no_qk_norm", "var"))
     with pytest.raises(ValueError, match="heads is unknown for width 48; give --heads"):
         infer_config(var, "var", {})
@@ -193,7 +193,7 @@ def test_what_tensors_do_not_tell_is_asked_for():
     )
 
 
-def test_wrong_files_are_named_with_what_to_do(base, tmp_path, capsys):
+def test_errors_about_wrong_files_say_what_to_do(base, tmp_path, capsys):
     vae, var = base
     refuse = functools.partial(refused, capsys, tmp_path)
     text = refuse(f"--tokenizer={var}", f"--var={vae}")
@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, capsys, monkeypatch):
     assert "needs 0.018 GB; 0.000 GB are free" in refused(capsys, tmp_path, *flags)
 
 
-def test_command_lines_that_contradict_themselves(base, tmp_path, capsys):
+def test_contradictory_command_lines_are_refused(base, tmp_path, capsys):
     refuse = functools.partial(refused, capsys, tmp_path)
     assert "), or --run, or --to_torch, or --lpips_vgg" in refuse()
     assert "or --run" in refuse(f"--var={base[1]}", "--run=runs/x")
@@ -286,12 +286,12 @@ def test_command_lines_that_contradict_themselves(base, tmp_path, capsys):
         ("--var=x --revision=y", "give --repo as well"),
     ],
 )
-def test_flags_of_another_job_are_refused(flags, message, tmp_path, capsys, monkeypatch):
+def test_flags_that_do_not_apply_are_refused(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, tmp_path, *flags.split())
 
 
-def test_downloads(base, tmp_path, capsys, monkeypatch):
+def test_downloads_use_the_given_repository_and_revision(base, tmp_path, capsys, monkeypatch):
     flags = ("--repo=FoundationVision/var", "--revision=abc", "--var=var.pth")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface_hub" in refused(capsys, tmp_path, *flags)
@@ -323,9 +323,7 @@ def test_downloads(base, tmp_path, capsys, monkeypatch):
         (["--resnet=resnet.pth", "--kl=kl.ckpt"], "--resnet needs a directory for itself"),
     ],
 )
-def test_nothing_is_downloaded_for_a_request_that_is_refused(
-    flags, message, tmp_path, capsys, monkeypatch
-):
+def test_nothing_is_downloaded_for_a_refused_request(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "download", None)
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["--repo=FoundationVision/var", *flags, f"--out={tmp_path}"]) == 1

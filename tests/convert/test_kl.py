@@ -1,4 +1,4 @@
-"""The KL tokenizer's official files: in, refused, and back."""
+"""Tests the conversion of the KL tokenizer's official files in both directions."""
 
 import functools
 import json
@@ -28,12 +28,12 @@ KL16 = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())[
 
 @pytest.fixture
 def kl(tmp_path):
-    """The golden case in the layout of kl16.ckpt."""
+    """Writes the golden case in the layout of kl16.ckpt; returns its path."""
     write_nested(tmp_path / "kl.ckpt", {"model": golden.official()})
     return tmp_path / "kl.ckpt"
 
 
-def test_the_table_is_the_released_model():
+def test_the_name_map_matches_the_released_model():
     expected = {name: tuple(shape) for name, shape in KL16.items()}
     assert apply_map.official_shapes(KLConfig()) == expected
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in expected.items()}
@@ -44,7 +44,7 @@ def test_the_table_is_the_released_model():
 
 
 @pytest.mark.slow
-def test_official_files_go_there_and_back_to_the_bit(kl, tmp_path):
+def test_official_files_round_trip_exactly(kl, tmp_path):
     flags = [f"--kl={kl}", "--image_size=64", f"--out={tmp_path / 'out'}"]
     assert main(flags) == 0
     config, params = read_tokenizer(tmp_path / "out")
@@ -55,7 +55,7 @@ def test_official_files_go_there_and_back_to_the_bit(kl, tmp_path):
     assert_official_files(tmp_path / "torch", "tokenizer", golden.official())
 
 
-def test_queries_keys_and_values_come_to_lie_in_one_kernel():
+def test_query_key_and_value_kernels_are_concatenated():
     kernel = golden.params()["encoder"]["mid_attn_1"]["qkv"]["kernel"]
     for i, name in enumerate("qkv"):
         official = golden.official()[f"encoder.mid.attn_1.{name}.weight"]
@@ -64,8 +64,8 @@ def test_queries_keys_and_values_come_to_lie_in_one_kernel():
 
 
 @pytest.mark.slow
-def test_checkpoints_of_a_larger_system_are_read_too(tmp_path, capsys):
-    """LDM's own: with the losses' networks, and as the first stage of a diffusion model."""
+def test_tokenizers_in_latent_diffusion_checkpoints_are_read(tmp_path, capsys):
+    """The tokenizer comes with its loss networks, or as the first stage of a diffusion model."""
     rest = {"loss.logvar": np.zeros((), np.float32), "loss.discriminator.w": np.zeros(3)}
     write_nested(tmp_path / "ldm.ckpt", {"state_dict": golden.official() | rest})
     convert(tmp_path / "out", dict(image_size=64, latent_scale=0.5), kl="ldm.ckpt")
@@ -117,7 +117,7 @@ def test_every_problem_is_listed(tmp_path):
 
 
 @pytest.mark.slow
-def test_converted_weights_encode_as_the_reference(kl, tmp_path):
+def test_converted_weights_encode_like_the_reference(kl, tmp_path):
     convert(tmp_path / "out", dict(image_size=(64, 64)), kl=kl)
     tokenizer = varjax.load_tokenizer(tmp_path / "out")
     assert tokenizer.config.image_shape == (64, 64, 3)

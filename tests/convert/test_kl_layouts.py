@@ -1,4 +1,4 @@
-"""KL tokenizers by their tensors: other sizes and layouts, in and back, and the latents' scale."""
+"""Tests the conversion of KL tokenizers of other sizes and layouts, and the latents' scale."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ VARIANTS = {
 
 @functools.cache
 def tiny(**changes):
-    """(config, official tensors) of a tiny tokenizer. Not to be changed."""
+    """Returns (config, official tensors) of a tiny tokenizer; callers must not change them."""
     config = dataclasses.replace(TINY, **changes)
     shapes = jax.tree.map(lambda x: x.shape, abstract_params(config))
     rng = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def convert_file(path, out, ema=None, **options):
 
 
 @pytest.mark.parametrize("name", golden.LAYOUTS)
-def test_the_tensors_tell_the_config(name):
+def test_the_config_is_inferred_from_the_tensors(name):
     config, official = golden.LAYOUTS[name], golden.layout_official(name)
     options = KL_MAP.options(image_size=config.image_size)
     assert find_kind(official, "kl").infer(official, options) == config
@@ -77,7 +77,7 @@ def test_the_tensors_tell_the_config(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", golden.LAYOUTS)
-def test_latent_diffusions_own_numbers(name, tmp_path):
+def test_layouts_reproduce_the_outputs_of_latent_diffusion(name, tmp_path):
     config, official = golden.LAYOUTS[name], golden.layout_official(name)
     save_file(
         golden.diffusers_names(official, len(config.channel_mult)), tmp_path / "vae.safetensors"
@@ -93,7 +93,7 @@ def test_latent_diffusions_own_numbers(name, tmp_path):
     close(2 * np.asarray(images_BHWC) - 1, np.clip(expected["decoded"], -1, 1))
 
 
-ATTENTION = {  # levels with attention besides the middle, of encoder and decoder
+ATTENTION = {  # levels with attention in encoder and decoder, besides the middle blocks
     "kl16": ([4], []),
     "kl_f4": ([], []),
     "kl_f8": ([], []),
@@ -103,7 +103,7 @@ ATTENTION = {  # levels with attention besides the middle, of encoder and decode
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_the_released_autoencoders(name):
+def test_presets_match_the_released_autoencoders(name):
     config = KLConfig.preset(name)
     shapes = apply_map.official_shapes(config)
     for half, way, blocks, levels in zip(
@@ -114,12 +114,12 @@ def test_presets_are_the_released_autoencoders(name):
         assert found == expected
     tensors = {n: np.broadcast_to(np.float32(0), shape) for n, shape in shapes.items()}
     assert find_kind(tensors, "kl").infer(tensors, KL_MAP.options()) == config
-    if name == "kl_f8":  # Stable Diffusion's
+    if name == "kl_f8":  # used by Stable Diffusion
         assert sum(np.prod(shape, dtype=int) for shape in shapes.values()) == 83_653_863
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_go_in_and_back(variant, tmp_path):
+def test_variants_round_trip(variant, tmp_path):
     config, official = tiny(**VARIANTS[variant])
     write_nested(tmp_path / "vae.ckpt", {"state_dict": official})
     found, _, std = convert_file(tmp_path / "vae.ckpt", tmp_path / "out", latent_scale=2.0)
@@ -138,13 +138,13 @@ def test_variants_go_in_and_back(variant, tmp_path):
     assert held.keys() == theirs.keys()
     for name, x in theirs.items():
         np.testing.assert_array_equal(held[name], x, err_msg=name)
-    # The scale is in the config.json beside it.
+    # The scale is in the config.json next to the file.
     back = convert_file(path, tmp_path / "back")
     assert back[0] == config and back[2] == 0.5
     jax.tree.map(np.testing.assert_array_equal, back[1], read(tmp_path / "out")[1])
 
 
-def test_diffusers_config_names_its_blocks(tmp_path, capsys):
+def test_the_diffusers_config_describes_blocks_and_scale(tmp_path, capsys):
     config, official = tiny(**VARIANTS["in both halves"])
     write_nested(tmp_path / "vae.ckpt", {"state_dict": official})
     convert_file(tmp_path / "vae.ckpt", tmp_path / "out", latent_scale=0.3611, latent_shift=0.1159)
@@ -159,7 +159,7 @@ def test_diffusers_config_names_its_blocks(tmp_path, capsys):
     assert about["use_quant_conv"] and about["layers_per_block"] == config.blocks
 
 
-def test_old_names_of_diffusers_are_read():
+def test_old_tensor_names_of_diffusers_are_read():
     _, official = tiny()
     theirs = golden.diffusers_names(official, 2)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -177,7 +177,7 @@ def test_old_names_of_diffusers_are_read():
         with_official_names(both)
 
 
-def test_the_scale_is_told_by_flag_file_or_digest(tmp_path, capsys, monkeypatch):
+def test_the_latent_scale_comes_from_flag_file_or_digest(tmp_path, capsys, monkeypatch):
     config, official = tiny()
     whole = {f"first_stage_model.{name}": x for name, x in official.items()}
     whole |= {"scale_factor": np.array(0.25, np.float32), "model.diffusion_model.w": np.zeros(3)}
@@ -187,7 +187,7 @@ def test_the_scale_is_told_by_flag_file_or_digest(tmp_path, capsys, monkeypatch)
         "latents are multiplied by 0.25, according to its scale_factor" in capsys.readouterr().err
     )
     found = convert_file(tmp_path / "whole.ckpt", tmp_path / "out", latent_scale=0.5)
-    assert found[2] == 2 and found[0] == config  # the flag wins
+    assert found[2] == 2 and found[0] == config  # the flag takes precedence
 
     write_nested(tmp_path / "vae.ckpt", {"state_dict": official})
     with pytest.raises(
@@ -212,7 +212,7 @@ def test_the_scale_is_told_by_flag_file_or_digest(tmp_path, capsys, monkeypatch)
         convert_file(folder / "model.safetensors", tmp_path / "out")
 
 
-def test_a_scale_alone_leaves_the_file_its_shift(tmp_path, capsys):
+def test_a_scale_flag_alone_keeps_the_shift_of_the_file(tmp_path, capsys):
     config, official = tiny()
     save_file(golden.diffusers_names(official, 2), tmp_path / "model.safetensors")
     about = {"_class_name": "AutoencoderKL", "scaling_factor": 0, "shift_factor": 0.25}
@@ -240,7 +240,7 @@ def test_diffusers_config_determines_the_groups_unless_a_flag_does(tmp_path, cap
         convert_file(tmp_path / "model.safetensors", tmp_path / "out", groups=None)
 
 
-def test_the_shift_goes_both_ways():
+def test_the_latent_shift_is_applied_in_both_directions():
     config, params = KLConfig(latent_shift=0.5), {"latent_std": np.float32(2)}
     z_BhwZ = np.array([0.5, 4.5], np.float32)
     np.testing.assert_array_equal(to_model_units(config, params, z_BhwZ), [0, 2])
@@ -270,7 +270,7 @@ def test_wrong_tensors_and_settings_are_refused():
         KLConfig.preset("kl_f64")
 
 
-def test_caches_of_latents_from_before_there_were_other_layouts_still_fit():
+def test_latent_caches_of_older_versions_remain_valid():
     fields = {"image_size", "image_channels", "width", "channel_mult", "blocks", "groups"}
     assert KLConfig().identity({}).keys() == fields | {"latent_channels", "weights"}
     assert KLConfig.preset("kl_f16").identity({})["decoder_attention"] == [-1]

@@ -1,4 +1,4 @@
-"""MAR's official files: in, through the public face, refused, and back."""
+"""Tests the conversion of MAR's official files in both directions, and the converted model."""
 
 import argparse
 import dataclasses
@@ -35,19 +35,19 @@ from varjax.weight_files import convert_to_torch
 OFFICIAL = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())
 RELEASED = {"mar_base": ("mar_b", 2.9), "mar_large": ("mar_l", 3.0), "mar_huge": ("mar_h", 3.2)}
 KL = KLConfig(8, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=4)
-FLAGS = ("--mar_heads=3,3", "--groups=4")  # what these tensors cannot tell
+FLAGS = ("--mar_heads=3,3", "--groups=4")  # not determined by these tensors
 OPTIONS = dict(mar_heads=(3, 3), groups=4)
 
 
 @functools.cache
 def official(name="mar_base"):
-    """The weights of a golden case by their official names. Not to be changed."""
+    """Returns a golden case's weights by official name; callers must not change them."""
     return weights.state_dict(name, "mar")
 
 
 @functools.cache
 def official_kl():
-    """Those of a tiny tokenizer, whose latents are the golden cases'."""
+    """Returns the weights of a tiny tokenizer whose latents fit the golden cases."""
     return {n: np.asarray(x) for n, x in apply_map.to_official(KL, kl_params()).items()}
 
 
@@ -57,12 +57,12 @@ def kl_params():
 
 
 def released(name):
-    """Tensors of the shapes of a released model, which take no memory."""
+    """Returns tensors with the shapes of a released model that take no memory."""
     return {n: np.broadcast_to(np.float32(0), shape) for n, shape in OFFICIAL[name].items()}
 
 
 def write_official_trainer(path, averaged, **changes):
-    """A checkpoint as MAR's trainer saves it; the weights that are not averaged are 1 larger."""
+    """Writes a checkpoint as MAR's trainer does; the weights are the EMA weights plus 1."""
     checkpoint = {
         "model": {name: x + 1 for name, x in averaged.items()},
         "model_ema": averaged,
@@ -80,7 +80,7 @@ def write_official_trainer(path, averaged, **changes):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """(checkpoint-last.pth, kl.ckpt)."""
+    """Writes checkpoint-last.pth and kl.ckpt; returns their paths."""
     folder = tmp_path_factory.mktemp("official")
     write_nested(folder / "kl.ckpt", {"model": official_kl()})
     return write_official_trainer(folder / "checkpoint-last.pth", official()), folder / "kl.ckpt"
@@ -94,13 +94,13 @@ def directory(files, tmp_path_factory):
 
 
 def assert_close(ours, theirs):
-    """To 1e-4 of the largest number."""
+    """Checks equality to within 1e-4 of the largest magnitude."""
     scale = np.abs(theirs).max()
     np.testing.assert_allclose(np.asarray(ours) / scale, theirs / scale, atol=1e-4, rtol=0)
 
 
 def check_golden_numbers(model):
-    """What the official code computed, by the public face."""
+    """Checks that the public API computes the official code's numbers."""
     case = golden.case("mar_base")
     known_Bhw = case.out["mask"].reshape(2, *model.edit_shape) == 0
     z_BLC = model.hidden(case.latents_BhwZ, known_Bhw, case.label_B)
@@ -112,7 +112,7 @@ def check_golden_numbers(model):
 
 
 @pytest.mark.slow
-def test_official_files_compute_the_official_numbers_and_sample(directory):
+def test_converted_files_reproduce_the_official_numbers_and_sample(directory):
     model = varjax.load(directory)
     assert (model.tokenizer, model.mar) == (KL, golden.case("mar_base").config)
     check_golden_numbers(model)
@@ -121,13 +121,13 @@ def test_official_files_compute_the_official_numbers_and_sample(directory):
     assert images_BHWC.shape == (2, 8, 8, 3) and 0 <= images_BHWC.min() < images_BHWC.max() <= 1
     latents_BhwZ = model.sample_latents([1, 9], **asked)
     np.testing.assert_allclose(model.decode(latents_BhwZ), images_BHWC, atol=1e-5)
-    # The scale of the released tokenizer lies between the two.
+    # The two differ by the scale of the released tokenizer.
     mean_BhwZ = varjax.load_tokenizer(directory).encode(images_BHWC)["mean"]
     np.testing.assert_allclose(model.encode(images_BHWC), mean_BhwZ * 0.2325, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_without_a_tokenizer_all_is_there_but_images(files, tmp_path):
+def test_without_a_tokenizer_everything_but_images_works(files, tmp_path):
     options = ["--mar_heads=3,3", "--latent_channels=4"]
     assert main([f"--mar={files[0]}", *options, f"--out={tmp_path / 'out'}"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -149,14 +149,14 @@ def test_without_a_tokenizer_all_is_there_but_images(files, tmp_path):
             needs_images()
 
 
-def test_back_to_pytorch_is_exact_to_the_bit(directory, tmp_path):
+def test_the_export_to_pytorch_is_exact(directory, tmp_path):
     convert_to_torch(directory, tmp_path / "torch")
     assert_official_files(tmp_path / "torch", "mar", official())
     assert_official_files(tmp_path / "torch", "tokenizer", official_kl())
 
 
 @pytest.mark.slow
-def test_a_run_goes_to_pytorch_and_comes_back(tmp_path, capsys):
+def test_a_run_round_trips_through_pytorch(tmp_path, capsys):
     convert_to_torch(runs.mar(), tmp_path / "torch", ema=False)
     _, tokenizer_params = read_tokenizer(runs.mar())
     std = float(tokenizer_params["latent_std"])
@@ -191,7 +191,7 @@ def test_variants_without_official_counterpart_are_refused(change, says):
         apply_map.to_official(config, {})
 
 
-def test_averaged_weights_are_preferred(files, tmp_path, capsys):
+def test_ema_weights_are_preferred(files, tmp_path, capsys):
     def class_embed(path, *flags):
         flags = (*flags, "--mar_heads=3,3", "--latent_channels=4", f"--out={tmp_path / 'out'}")
         assert main([f"--mar={path}", *flags]) == 0, capsys.readouterr().err
@@ -214,7 +214,7 @@ def test_averaged_weights_are_preferred(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_sizes_and_guidance_of_the_released_models(name):
+def test_config_and_guidance_of_the_released_models_are_inferred(name):
     preset, guidance = RELEASED[name]
     config = MAR_MAP.infer(released(name), MAR_MAP.options())
     assert config == MARConfig.preset(preset)
@@ -224,7 +224,7 @@ def test_sizes_and_guidance_of_the_released_models(name):
 
 def test_sampling_defaults_are_written_and_suit_the_model(directory):
     sampling = json.loads((directory / "config.json").read_text())["sampling"]
-    # Of 16 tokens, in no more than 16 steps.
+    # The model has 16 tokens, so it takes at most 16 steps.
     assert config_tree.from_dict(MAROptions, sampling) == MAROptions(steps=16)
     assert varjax.load(directory).options().steps == 16
 
@@ -239,12 +239,12 @@ def together(mar, kl, tmp_path, **options):
 
 
 @pytest.mark.slow
-def test_the_transformer_says_the_size_of_images_and_the_tokenizer_that_of_latents(tmp_path):
+def test_the_transformer_gives_the_image_size_and_the_tokenizer_the_latent_size(tmp_path):
     kl16, mar = released("kl16"), released("mar_base")
     assert together(mar, kl16, tmp_path) == (KLConfig(), MARConfig())
     kl, wide = together(mar, kl16, tmp_path, image_size=(128, 512))
     assert (kl.image_size, wide.latent_map) == ((128, 512), (8, 32))
-    # The same tensors over latents of 4 channels are patches of 2x2; over 8x8 pixels, smaller.
+    # With latents of 4 channels at half resolution, tokens are 2x2 patches, and images are smaller.
     small = {n: np.broadcast_to(np.float32(0), x.shape) for n, x in official_kl().items()}
     kl, patches = together(mar, small, tmp_path, groups=4)
     assert (patches.head.patch, patches.head.channels) == (2, 4)
@@ -255,7 +255,7 @@ def test_the_transformer_says_the_size_of_images_and_the_tokenizer_that_of_laten
     assert config == case and kl.image_size == tuple(2 * n for n in case.latent_map)[0]
 
 
-def test_a_transformer_alone_takes_the_size_of_images():
+def test_a_transformer_without_a_tokenizer_takes_an_image_size():
     mar = released("mar_base")
     assert MAR_MAP.infer(mar, MAR_MAP.options(image_size=(512, 128))).latent_map == (32, 8)
     wanted = "the transformer has 256 tokens of 16x16 pixels"
@@ -271,11 +271,11 @@ def test_a_transformer_alone_takes_the_size_of_images():
 
 
 def _longer(shape):
-    """288 tokens in place of 256, and as many places beside the buffer."""
+    """Changes a shape from 256 to 288 tokens; 320 and 352 include the 64 tokens of the buffer."""
     return tuple({256: 288, 320: 352}.get(n, n) if len(shape) == 3 else n for n in shape)
 
 
-def test_what_tensors_do_not_tell_is_asked_for():
+def test_settings_that_tensors_do_not_determine_are_requested():
     mar = official()
     with pytest.raises(InputError, match="4 numbers, .* 16 channels; .* or --latent_channels"):
         MAR_MAP.infer(mar, MAR_MAP.options(mar_heads=(3, 3)))
@@ -293,26 +293,27 @@ def test_what_tensors_do_not_tell_is_asked_for():
 
 
 def twice_as_wide_encoder(official):
-    """The same function by an encoder of twice the width, whose halves are both the official one.
+    """Returns weights of an encoder twice as wide that computes the same function.
 
-    Layer norms of [x, x] are those of x; products get a half of each.
+    Each half of its features is a copy of the official ones. Layer norms preserve this, and weights
+    that multiply both halves are divided by 2.
     """
     ahead = ("z_proj.", "class_emb.", "fake_latent", "encoder_", "z_proj_ln.", "decoder_embed.")
     wide = {}
     for name, x in official.items():
         if not name.startswith(ahead) or name == "decoder_embed.bias":
             wide[name] = x
-        elif name == "z_proj.weight":  # (out, in) of tokens
+        elif name == "z_proj.weight":  # (out, in); the input, a token, keeps its size
             wide[name] = np.tile(x, (2, 1))
         elif name == "decoder_embed.weight":
             wide[name] = np.tile(x, (1, 2)) / 2
         elif ".attn.qkv." in name:
             tiles = (2, 2) if x.ndim == 2 else 2
             parts = [np.tile(part, tiles) for part in np.split(x, 3)]
-            wide[name] = np.concatenate(parts) / (x.ndim)  # a bias has one axis, and stays
+            wide[name] = np.concatenate(parts) / (x.ndim)  # halves weights, not biases
         elif x.ndim == 2 and name.startswith("encoder_blocks."):
             wide[name] = np.tile(x, (2, 2)) / 2
-        else:  # tables, positions, norms and biases, by their last axis
+        else:  # embeddings, norms and biases: only the last axis doubles
             wide[name] = np.tile(x, (*[1] * (x.ndim - 1), 2))
     return wide
 
@@ -320,7 +321,7 @@ def twice_as_wide_encoder(official):
 def test_encoder_and_decoder_may_differ_in_width_depth_and_heads(tmp_path):
     case = golden.case("mar_base")
     wide = twice_as_wide_encoder(official())
-    # Two more layers, which add nothing.
+    # Two more layers, which add zero to the residual stream.
     more = {n: x for n, x in wide.items() if n.startswith("encoder_blocks.0.")}
     depth = case.config.encoder_depth
     for i in (depth, depth + 1):
@@ -343,7 +344,7 @@ def test_encoder_and_decoder_may_differ_in_width_depth_and_heads(tmp_path):
     assert_close(z_BLC, case.out["decoder_output"])
 
 
-def test_each_half_of_a_released_width_has_its_own_heads():
+def test_heads_of_encoder_and_decoder_are_inferred_from_their_own_widths():
     mar = released("mar_large") | {
         name: np.broadcast_to(np.float32(0), (*shape[:-1], 1280))
         for name, shape in OFFICIAL["mar_large"].items()

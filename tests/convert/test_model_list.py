@@ -15,9 +15,9 @@ def models():
     return {model.name: model for model in model_list.list_models()}
 
 
-def test_every_release_is_listed_with_the_papers_sizes(models):
+def test_every_release_is_listed_with_the_size_in_its_paper(models):
     assert models.keys() == RELEASES.keys()
-    # VAR's Table 1 and MAR's Table 4.
+    # In millions, from VAR's Table 1 and MAR's Table 4.
     sizes = {"var_d16": 310, "var_d20": 600, "var_d24": 1030, "mar_b": 208, "mar_h": 943}
     for name, millions in sizes.items():
         assert models[name].parameters / 1e6 == pytest.approx(millions, rel=0.01), name
@@ -26,14 +26,14 @@ def test_every_release_is_listed_with_the_papers_sizes(models):
     assert models["kl16"].image_shape is None
 
 
-def test_the_best_published_fid_comes_with_its_settings(models):
+def test_the_best_published_fid_is_listed_with_its_settings(models):
     assert models["var_d16_ddo"].fid == 2.54
     assert models["var_d16_ddo"].options.startswith("--guidance=1.4 --top_k=0")
     assert "--refiner=var_d16_code_refiner_8" in models["var_d30_code_drafter_8"].options
     assert models["vae_ch160v4096z32"].fid is None
 
 
-def test_the_command_tells_what_this_machine_has(cache, capsys):
+def test_the_command_shows_which_models_are_cached(cache, capsys):
     assert model_list.main(["var_d16", "var_d20"]) == 0
     head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [(row[0], row[head.index("here") + 1]) for row in rows] == [

@@ -25,7 +25,7 @@ PARAMETERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_tables_and_buffers_are_the_released_models(name):
+def test_name_maps_and_buffers_match_the_released_models(name):
     var = name.startswith("var")
     config = VARConfig.preset(name.removeprefix("var_")) if var else VQConfig()
     sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(config))]
@@ -38,7 +38,7 @@ def test_tables_and_buffers_are_the_released_models(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
-def test_there_and_back_is_exact(name):
+def test_the_round_trip_is_exact(name):
     tokenizer, var = golden.configs(name)
     for part, config, params in (
         ("vae", tokenizer, golden.tokenizer_params(name)),
@@ -58,7 +58,7 @@ def test_one_error_lists_every_problem():
     tensors["extra"] = np.zeros(3)
     tensors["pos_start"] = np.zeros((1, 2, 48))
     tensors["word_embed.bias"] = np.zeros(48, int)
-    tensors["lvl_1L"] = np.zeros((1, 30))  # a buffer, which is no problem
+    tensors["lvl_1L"] = np.zeros((1, 30))  # a buffer; not a problem
     with pytest.raises(ValueError) as error:
         apply_map.lazy_leaves(config, tensors)
     text = str(error.value)
@@ -68,7 +68,7 @@ def test_one_error_lists_every_problem():
     assert "lvl_1L" not in text
 
 
-def test_sizes_and_layers_are_those_of_a_model():
+def test_implausible_sizes_and_layer_counts_are_refused():
     shapes = {"none": (0, 3), "many": (2**20 + 1, 3), "row": (3,)}
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     for name, problem in {
@@ -85,12 +85,12 @@ def test_sizes_and_layers_are_those_of_a_model():
 
 
 @pytest.mark.parametrize("levels, blocks", [(11, 1), (8, 6)])
-def test_tokenizers_that_take_long_to_describe_are_refused(levels, blocks):
+def test_tokenizers_with_too_many_levels_or_blocks_are_refused(levels, blocks):
     with pytest.raises(ValueError, match="allowed are 10 levels with 40 blocks together"):
         VQConfig(channel_mult=(1,) * levels, blocks=blocks)
 
 
-def test_a_long_list_of_problems_is_cut():
+def test_a_long_list_of_problems_is_truncated():
     _, config = golden.configs("base")
     tensors = weights.state_dict("base", "var")
     tensors |= {f"extra.{i}": np.zeros((1,) * 64) for i in range(10**4)}

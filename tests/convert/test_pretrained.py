@@ -1,4 +1,4 @@
-"""Published models by name, with a stand-in for the Hugging Face Hub."""
+"""Tests loading published models by name, with a stand-in for the Hugging Face Hub."""
 
 import concurrent.futures
 import dataclasses
@@ -47,7 +47,7 @@ RELEASE = Release({flag: PublishedFile(name, REPO, COMMIT) for flag, name in FIL
 
 
 class Hub:
-    """Serves files of a folder as huggingface_hub does, and counts how often it is asked."""
+    """Serves files of a folder as huggingface_hub does, and records the requests."""
 
     def __init__(self, folder):
         self.folder, self.asked, self.broken = folder, [], False
@@ -70,7 +70,7 @@ def repository(tmp_path_factory):
 
 @pytest.fixture
 def hub(repository, tmp_path, monkeypatch):
-    """The stand-in, with one published model "tiny", an empty cache and an empty working folder."""
+    """Returns the stand-in; "tiny" is a published model, and cache and working folder are empty."""
     hub = Hub(repository)
     library = types.SimpleNamespace(hf_hub_download=hub.hf_hub_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", library)
@@ -94,7 +94,7 @@ def test_the_first_use_downloads_and_converts_and_later_ones_are_offline(hub, tm
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"tiny", ".lock", "downloads"}
 
 
-def test_a_local_path_of_that_name_wins(hub, tmp_path):
+def test_a_local_path_takes_precedence_over_a_published_model(hub, tmp_path):
     read_model("tiny")
     shutil.copytree(tmp_path / "cache/tiny", "tiny")
     shutil.rmtree(tmp_path / "cache")
@@ -102,7 +102,7 @@ def test_a_local_path_of_that_name_wins(hub, tmp_path):
     assert len(hub.asked) == 2 and not (tmp_path / "cache").exists()
 
 
-def test_a_load_reads_config_json_once(hub, monkeypatch):
+def test_load_reads_config_json_once(hub, monkeypatch):
     varjax.load("tiny")
     paths, read_json = [], files.read_json
     monkeypatch.setattr(files, "read_json", lambda path: paths.append(path) or read_json(path))
@@ -110,7 +110,7 @@ def test_a_load_reads_config_json_once(hub, monkeypatch):
     assert [path.name for path in paths] == ["config.json"]
 
 
-def test_training_fetches_what_a_new_run_starts_from_and_keeps_the_name(hub, tmp_path):
+def test_training_fetches_initial_weights_and_keeps_their_name(hub, tmp_path):
     tokenizer, var = golden.configs("base")
     task = VARTask(var, tokenizer, tokenizer_weights="tiny")
     with pytest.raises(
@@ -133,7 +133,7 @@ def test_training_fetches_what_a_new_run_starts_from_and_keeps_the_name(hub, tmp
     assert len(hub.asked) == 4 and (tmp_path / "cache/tiny").is_dir()
 
 
-def test_a_run_that_has_begun_fetches_nothing(hub, tmp_path):
+def test_a_resumed_run_fetches_nothing(hub, tmp_path):
     tokenizer, var = golden.configs("base")
     task = VARTask(var, tokenizer, tokenizer_weights="tiny")
     run = Experiment(task, Digits(), str(tmp_path / "run"), batch_size=1, steps=1, init_from="tiny")
@@ -149,7 +149,7 @@ def sha256(path):
 
 def damage(path):
     content = bytearray(path.read_bytes())
-    content[-5000] ^= 1  # a bit of a weight, which no reader sees
+    content[-5000] ^= 1  # one bit of a weight, which no reader can detect
     path.write_bytes(content)
 
 
@@ -169,18 +169,18 @@ def test_a_file_with_another_hash_than_the_published_is_not_converted(hub, tmp_p
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
     with pytest.raises(InputError, match="instead of\n  " + known["tiny.pth"]):
         pretrained.download("someone/models", "tiny.pth")
-    damage(hub.folder / "tiny.pth")  # the bit is as it was
+    damage(hub.folder / "tiny.pth")  # flips the bit back
     read_model("tiny")
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"tiny", ".lock"}
 
 
-def test_without_a_published_hash_that_of_the_first_download_counts(hub, tmp_path):
+def test_without_a_published_hash_later_downloads_must_match_the_first(hub, tmp_path):
     hub.folder = shutil.copytree(hub.folder, tmp_path / "hub")
     first = sha256(hub.folder / "vae.pth")
     for _ in range(2):
         assert pretrained.download("someone/models", "vae.pth") == hub.folder / "vae.pth"
     assert pretrained.download("other/models", "vae.pth") == hub.folder / "vae.pth"
-    assert hub.asked[-1] == ("other/models", "vae.pth", "main")  # which may change
+    assert hub.asked[-1] == ("other/models", "vae.pth", "main")  # a branch, which may change
     record = tmp_path / "cache/downloads/someone/models" / COMMIT / "vae.pth.json"
     assert files.read_json(record) == {"sha256": first}
     damage(hub.folder / "vae.pth")
@@ -195,7 +195,7 @@ def test_without_a_published_hash_that_of_the_first_download_counts(hub, tmp_pat
     assert [path.name for path in (tmp_path / "cache/downloads").iterdir()] == ["someone"]
 
 
-def test_a_conversion_that_fails_leaves_nothing_and_can_be_repeated(hub, tmp_path, monkeypatch):
+def test_a_failed_conversion_leaves_nothing_and_can_be_repeated(hub, tmp_path, monkeypatch):
     def fill_up(*_):
         raise OSError("No space left on device")
 
@@ -207,7 +207,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_can_be_repeated(hub, tmp_pat
     read_model("tiny")
 
 
-def test_without_network_or_library_the_files_and_the_command_are_named(hub, tmp_path, monkeypatch):
+def test_without_network_or_library_the_error_gives_files_and_command(hub, tmp_path, monkeypatch):
     command = f"varjax convert --tokenizer=vae.pth --var=tiny.pth --out={tmp_path / 'cache/tiny'}"
     hub.broken = True
     with pytest.raises(InputError) as error:
@@ -224,15 +224,15 @@ def test_without_network_or_library_the_files_and_the_command_are_named(hub, tmp
     assert 'pip install ".[hub]"' in text
 
 
-def test_a_checkpoint_of_a_published_model_is_refused_before_the_download(hub):
+def test_a_step_of_a_published_model_is_refused_before_the_download(hub):
     with pytest.raises(InputError, match="tiny@500: only a training run has checkpoints; leave @5"):
         open_model("tiny@500")
     assert not hub.asked
-    resolve_weights("tiny@500")  # a local run may have the name; its reader says what is wrong
+    resolve_weights("tiny@500")  # may be a local run; its reader reports what is wrong
     assert not hub.asked
 
 
-def test_names_and_paths_that_are_not_there(hub):
+def test_missing_paths_and_unknown_names_are_explained(hub):
     with pytest.raises(InputError, match="does not exist; give a run's directory .*var_d16"):
         varjax.load("runs/tiny")
     pathlib.Path("var_d16.pth").write_text("")
@@ -269,7 +269,7 @@ def test_all_released_models_have_a_name():
     assert len(set(digests)) == len(digests) == 7
 
 
-def test_models_that_others_fine_tuned_have_names_and_their_own_options():
+def test_third_party_fine_tuned_models_have_names_and_their_own_options():
     names = [f"var_d{depth}_cca" for depth in (16, 20, 24, 30)] + ["var_d16_ddo", "var_d30_ddo"]
     names += [f"var_d30_code_drafter_{n}" for n in range(6, 10)]
     names += [f"var_d16_code_refiner_{n}" for n in range(6, 10)]
@@ -288,10 +288,8 @@ def test_models_that_others_fine_tuned_have_names_and_their_own_options():
     assert ddo.files["var"].name == "var_d30-ddo.pth"
 
 
-def test_published_options_and_license_go_into_the_directory_and_its_exports(
-    hub, tmp_path, monkeypatch, capsys
-):
-    # As of a file in a folder of a repository of which no commit is known.
+def test_published_options_and_license_are_stored_and_exported(hub, tmp_path, monkeypatch, capsys):
+    # The file is in a subfolder of a repository without a known commit.
     hub.folder = shutil.copytree(hub.folder, tmp_path / "hub")
     (hub.folder / "CCA").mkdir()
     shutil.copy(hub.folder / "tiny.pth", hub.folder / "CCA/tiny_cca.pth")
@@ -306,7 +304,7 @@ def test_published_options_and_license_go_into_the_directory_and_its_exports(
     assert (config["license"], config["release"]) == ("CC BY-NC 4.0", "tiny_cca")
     assert capsys.readouterr().err.count("tiny_cca: license CC BY-NC 4.0") == 1
     assert read_model("tiny_cca")[3] == options and "license" not in capsys.readouterr().err
-    # By hand the file is recognized by its name, since its SHA-256 is not known.
+    # A manual conversion recognizes the file by its name, because its SHA-256 is not known.
     convert("by_hand", tokenizer=hub.folder / "vae.pth", var=hub.folder / file.name)
     assert files.read_json("by_hand/config.json") == config
     convert_to_torch("tiny_cca", "for_pytorch")
@@ -317,9 +315,9 @@ def test_published_options_and_license_go_into_the_directory_and_its_exports(
     files.write_json("run4/config.json", {"task": {"_type": "VARTask"}, "fork_from": "run3@best"})
     told = {"task": {"_type": "VARTask"}, "init_from": "gone", "license": "CC BY-NC 4.0"}
     files.write_json("run5/config.json", told)
-    for run in ("run", "run2", "run3", "run4", "run5"):  # also of a run that started from that run
+    for run in ("run", "run2", "run3", "run4", "run5"):  # directly, through runs, or as recorded
         assert license_of(open_weights(run)) == {"license": "CC BY-NC 4.0"}
-    # The branch may move; what was downloaded first counts.
+    # The branch may move, so later downloads must match the first one.
     damage(hub.folder / file.name)
     with pytest.raises(InputError, match="recorded in .*downloads/others/cca/main/CCA"):
         pretrained.download("others/cca", file.name)
@@ -338,7 +336,7 @@ def test_a_published_file_is_recognized_next_to_another_of_its_name(tmp_path, mo
     assert published_name(sources, {"var": None}, digests | {str(paths["var"]): "0"}) is None
 
 
-def test_mar_is_fetched_at_the_commit_that_holds_the_official_files(hub, tmp_path):
+def test_mar_is_fetched_at_a_pinned_commit(hub, tmp_path):
     hub.broken = True
     for name, first, flags in (
         ("mar_b", "checkpoint-last.pth", "--mar=checkpoint-last.pth --kl=kl16.ckpt"),
@@ -353,7 +351,7 @@ def test_mar_is_fetched_at_the_commit_that_holds_the_official_files(hub, tmp_pat
 
 
 @pytest.mark.parametrize("name, model", [("mar_l", "MAR-L"), ("mar_h", "MAR-H")])
-def test_models_that_no_hub_has_are_asked_for_with_their_page(hub, tmp_path, name, model):
+def test_models_that_no_hub_hosts_are_refused_with_their_download_page(hub, tmp_path, name, model):
     with pytest.raises(InputError) as error:
         varjax.load(name)
     assert not hub.asked and not (tmp_path / "cache" / name).exists()
@@ -365,7 +363,7 @@ def test_models_that_no_hub_has_are_asked_for_with_their_page(hub, tmp_path, nam
     )
 
 
-def test_of_several_that_ask_at_once_one_converts_and_the_others_wait(hub, monkeypatch):
+def test_concurrent_requests_download_and_convert_only_once(hub, monkeypatch):
     inside = threading.Semaphore(0)
     download = hub.hf_hub_download
 
@@ -375,7 +373,7 @@ def test_of_several_that_ask_at_once_one_converts_and_the_others_wait(hub, monke
         return download(*arguments, **flags)
 
     monkeypatch.setattr(sys.modules["huggingface_hub"], "hf_hub_download", slow_download)
-    # Threads stand for processes: the lock belongs to an open file, so it keeps both out alike.
+    # Threads stand in for processes; the lock belongs to an open file, so it excludes both alike.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         first = pool.submit(pretrained.resolve_weights, "tiny")
         assert inside.acquire(timeout=60)

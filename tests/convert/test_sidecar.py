@@ -1,4 +1,4 @@
-"""Weights that leave for the official code and return are the same model, whatever its settings."""
+"""Tests that models of any settings survive the round trip through files for the official code."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def load_task(name):
 
 
 def small_tasks():
-    """The plans of configs/small*.py, which need a folder of images, for digits."""
+    """Returns the tasks of configs/small*.py for digits; the configs need a folder of images."""
     tokenizer, kl = small_tokenizer(Digits(), "a"), small_kl_tokenizer(Digits(), "b")
     return {
         "small_tokenizer": tokenizer.task,
@@ -66,7 +66,7 @@ RECIPES = [
 
 
 def shrunk(config):
-    """A smaller model with the same settings; only sizes that its tensors' shapes tell change."""
+    """Returns a smaller model; only sizes that tensor shapes determine are changed."""
     sizes = {"depth": 1, "encoder_depth": 1, "decoder_depth": 1, "blocks": 1, "vocab": 16}
     sizes |= {"code_channels": 4, "classes": 10}
     if isinstance(config, VQConfig | KLConfig):
@@ -81,7 +81,7 @@ def shrunk(config):
 
 
 def drawn(config):
-    """Random parameters; none has the value that the official code would give to it."""
+    """Draws random parameters that differ from the values fixed in the official code."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -91,7 +91,7 @@ def drawn(config):
 
 
 def written(out, sampling=None, about=ABOUT, **configs):
-    """A converted directory of these models."""
+    """Writes a converted directory of these models with random weights; returns its path."""
     models = {part: (config, trees.paths(drawn(config))) for part, config in configs.items()}
     write_converted(out, models, {}, sampling, about)
     return out
@@ -105,7 +105,7 @@ def brought_back(folder, out, *parts, **options):
 
 
 def assert_same(first, second):
-    """Configs, parameters to the bit, sampling options, and what is known of the weights."""
+    """Compares parameters bit for bit, configs, sampling options and metadata of the weights."""
     a, b = dict(first.config), dict(second.config)
     for config in (a, b):
         del config["sources"]
@@ -119,7 +119,7 @@ def assert_same(first, second):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_model_of_each_config_goes_there_and_back(recipe, tmp_path):
+def test_the_model_of_each_config_round_trips(recipe, tmp_path):
     task = small_tasks()[recipe] if recipe in small_tasks() else load_task(recipe)
     model, sampling = shrunk(task.model), getattr(task, "sampling", None)
     part = name_map_of(model).part
@@ -130,7 +130,7 @@ def test_the_model_of_each_config_goes_there_and_back(recipe, tmp_path):
     assert_same(open_weights(there), back)
 
 
-def test_both_models_return_together_and_settings_are_named(tmp_path, capsys):
+def test_both_models_round_trip_and_unofficial_settings_are_noted(tmp_path, capsys):
     tokenizer = dataclasses.replace(runs.KL, latent_shift=0.5)
     mar = dataclasses.replace(runs.MAR, order="raster", embed_init=0.5)
     there = written(tmp_path / "there", runs.MAR_SAMPLING, tokenizer=tokenizer, mar=mar)
@@ -155,7 +155,7 @@ def test_both_models_return_together_and_settings_are_named(tmp_path, capsys):
     std = float(drawn(tokenizer)["latent_std"])
     options = dict(groups=4, mar_heads=(2, 2), latent_channels=3, latent_scale=1 / std)
     assert_same(back, brought_back(tmp_path / "torch", tmp_path / "again", *parts, **options))
-    # A side is a pair of equal numbers, and the official scale is a choice like any other.
+    # 8x8 equals 8 in the JSON, and a flag is compared even if it gives the official scale.
     flags = [f"--kl={tmp_path / 'torch/tokenizer.pth'}", "--image_size=8x8"]
     assert main([*flags, f"--out={tmp_path / 'square'}"]) == 0
     with pytest.raises(InputError, match="latent_scale=0.0: .*above 0"):
@@ -164,7 +164,7 @@ def test_both_models_return_together_and_settings_are_named(tmp_path, capsys):
         convert(tmp_path / "x", {"latent_scale": 0.2325}, kl=tmp_path / "torch/tokenizer.pth")
 
 
-def test_what_the_official_vqvae_fixes_is_named():
+def test_differences_from_the_official_vqvae_are_listed():
     def found(**changes):
         config = dataclasses.replace(VQConfig(), **changes)
         return name_map_of(config).official_differences(config)
@@ -176,7 +176,7 @@ def test_what_the_official_vqvae_fixes_is_named():
     assert found(scales=(1, (2, 4))) == ["maps that are not square (2x4)"]
 
 
-def test_what_mar_s_code_fixes_is_named_for_its_tokenizer_alone():
+def test_differences_from_mar_code_are_listed_for_its_tokenizer_only():
     def found(**changes):
         return name_map_of(KLConfig()).official_differences(KLConfig(**changes))
 
@@ -186,10 +186,10 @@ def test_what_mar_s_code_fixes_is_named_for_its_tokenizer_alone():
     names = ("width 64", "blocks 1", "image_channels 1", "features 4 instead of 8")
     for text, name in zip(found(**sizes), names, strict=True):
         assert text.startswith(name)
-    assert found(**sizes, encoder_attention=()) == []  # settings of latent diffusion's code
+    assert found(**sizes, encoder_attention=()) == []  # latent diffusion's code has these settings
 
 
-def test_classifiers_return_and_those_without_official_code_are_refused(tmp_path):
+def test_classifiers_round_trip_or_are_refused_without_official_code(tmp_path):
     config = ResNetConfig(layers=(1, 1, 1, 1), classes=3, resize=250)
     there = written(tmp_path / "there", about={"license": "BSD-3"}, classifier=config)
     convert_to_torch(there, tmp_path / "torch")
@@ -203,7 +203,7 @@ def test_classifiers_return_and_those_without_official_code_are_refused(tmp_path
         convert_to_torch(tmp_path / "own", tmp_path / "refused")
 
 
-def test_diffusers_layout_returns_too(tmp_path):
+def test_the_diffusers_layout_round_trips(tmp_path):
     there = written(tmp_path / "there", about={"license": "MIT"}, tokenizer=runs.KL)
     convert_to_torch(there, tmp_path / "diffusers", layout="diffusers")
     file = tmp_path / "diffusers/diffusion_pytorch_model.safetensors"
@@ -211,7 +211,7 @@ def test_diffusers_layout_returns_too(tmp_path):
     assert_same(open_weights(there), open_weights(tmp_path / "back"))
 
 
-def test_a_json_that_does_not_belong_is_refused(tmp_path, capsys):
+def test_a_sidecar_of_another_file_or_model_is_refused(tmp_path, capsys):
     folder, path = tmp_path / "torch", tmp_path / "torch/tokenizer.varjax.json"
     convert_to_torch(written(tmp_path / "there", about={}, tokenizer=runs.TOKENIZER), folder)
     good = json.loads(path.read_text())
@@ -231,7 +231,7 @@ def test_a_json_that_does_not_belong_is_refused(tmp_path, capsys):
     assert "groups=3" in reason(config=good["config"] | {"groups": 3})
     assert "nonsense" in reason(config=good["config"] | {"nonsense": 3})
     assert "constants are ['latent_std']; expected []" in reason(constants={"latent_std": 1.0})
-    # Also options that equal their defaults.
+    # Flags are compared even if they equal the defaults.
     for flags in (["--groups=2"], ["--groups=32"], ["--scales=1,2,3"]):
         name = flags[0].partition("=")[0]
         text = reason(*flags)
@@ -240,15 +240,15 @@ def test_a_json_that_does_not_belong_is_refused(tmp_path, capsys):
     assert "other settings than --phi_ratio" in reason("--phi_ratio=0.5", config=config)
     path.write_text("[]")
     assert "not a JSON object" in refused(capsys, tmp_path, flag)
-    # Weights that were trained on have another SHA-256; the user says that they belong.
+    # Fine-tuned weights have another SHA-256; without "sha256", the JSON fits any file.
     path.write_text(json.dumps({name: x for name, x in good.items() if name != "sha256"}))
     assert main([flag, f"--out={tmp_path / 'back'}"]) == 0
     assert read_tokenizer(tmp_path / "back")[0] == runs.TOKENIZER
 
 
 @pytest.mark.slow
-def test_a_model_that_returned_draws_the_same_images(tmp_path):
-    """With groups, guidance and temperatures that the official code does not have."""
+def test_a_round_tripped_model_samples_the_same_images(tmp_path):
+    """Groups, guidance and temperatures differ from those of the official code."""
     options = VAROptions(guidance=3.0, top_k=7, temperature=(1.5, 1.0, 0.5))
     there = written(tmp_path / "there", options, tokenizer=runs.TOKENIZER, var=runs.VAR)
     convert_to_torch(there, tmp_path / "torch")

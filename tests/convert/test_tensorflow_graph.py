@@ -1,4 +1,4 @@
-"""Graphs as TensorBoard's copies of TensorFlow's messages write them."""
+"""Tests reading TensorFlow graphs that tensorboardX's protobuf classes write."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ NUMBERS = np.arange(300, dtype=np.float32).reshape(2, 150)
 
 @pytest.fixture
 def graph():
-    """A constant of each kind, and a node with flags."""
+    """Returns a graph with constants of each kind, and a node with flags."""
     graph = GraphDef()
     for name, dtype in {"content": 1, "list": 1, "one": 1, "scalar": 1, "integers": 3}.items():
         tensor = graph.node.add(name=name, op="Const").attr["value"].tensor
@@ -34,7 +34,7 @@ def read(path):
     return {node.name: found.constant(node) for node in found.nodes() if node.operation == "Const"}
 
 
-def test_constants_and_flags(graph, tmp_path):
+def test_constants_and_flags_are_read(graph, tmp_path):
     path = tmp_path / "graph.pb"
     path.write_bytes(graph.SerializeToString())
     constants = read(path)

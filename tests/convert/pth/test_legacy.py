@@ -1,4 +1,7 @@
-"""Files of PyTorch before 1.6, made by hand as Python 3 and, like VGG16 of 2017, Python 2 did."""
+"""Tests reading files of PyTorch before 1.6, which are made by hand here.
+
+The weights of VGG16 from 2017 were saved with Python 2, whose pickles differ from Python 3's.
+"""
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ HALF = np.arange(6, dtype=np.float16)
 
 
 def short(text: str) -> bytes:
-    """A string of Python 2."""
+    """Pickles a string as Python 2 does."""
     return b"U" + bytes([len(text)]) + text.encode()
 
 
@@ -26,7 +29,7 @@ def old_tensor(size, stride, storage) -> bytes:
 
 
 def old_ordered_dict(values) -> bytes:
-    """OrderedDict([[key, value], …]), as Python 2 saves it, with a module's versions."""
+    """Pickles OrderedDict([[key, value], …]) with a module's versions, as Python 2 does."""
     pairs = b"".join(b"](" + short(key) + value + b"e" for key, value in values.items())
     versions = b"}" + short("_metadata") + b"}sb"
     return b"ccollections\nOrderedDict\n](" + pairs + b"e\x85R" + versions
@@ -45,7 +48,7 @@ PYTHON_2 = legacy_file(
 )
 
 
-def test_python_2_s_state_dicts(tmp_path):
+def test_state_dicts_of_python_2_are_read(tmp_path):
     (tmp_path / "x.pth").write_bytes(PYTHON_2)
     weights = read_checkpoint(tmp_path / "x.pth")
     assert list(weights) == ["features.0.weight", "features.0.bias"]
@@ -54,7 +57,7 @@ def test_python_2_s_state_dicts(tmp_path):
     assert weights["features.0.bias"].dtype == np.float16
 
 
-def test_python_3_s_state_dicts_and_shared_storages(tmp_path):
+def test_state_dicts_of_python_3_may_share_storages(tmp_path):
     storage = stored()[:-2] + b"NtQ"
     content = b"}(" + plain("x") + tensor((4, 6), (6, 1), 0, storage)
     content += plain("t") + tensor((6, 4), (1, 6), 0, storage) + plain("epoch") + plain(3) + b"u"
@@ -66,7 +69,7 @@ def test_python_3_s_state_dicts_and_shared_storages(tmp_path):
 
 
 @pytest.mark.parametrize("end", [len(MAGIC) + 3, 120, 300, len(PYTHON_2) - 100, len(PYTHON_2) - 1])
-def test_cut_files_are_refused(tmp_path, end):
+def test_truncated_files_are_refused(tmp_path, end):
     (tmp_path / "x.pth").write_bytes(PYTHON_2[:end])
     assert "damaged" in refusal(tmp_path / "x.pth")
 
@@ -113,6 +116,6 @@ def test_cut_files_are_refused(tmp_path, end):
         (legacy_file(b"cos\nsystem\n" + plain("true") + b"\x85R", []), "asks for 'os.system'"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, content, problem):
+def test_inconsistent_files_are_refused(tmp_path, content, problem):
     (tmp_path / "x.pth").write_bytes(content)
     assert problem in refusal(tmp_path / "x.pth")

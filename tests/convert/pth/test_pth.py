@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (7,), (3, 1, 4)])
 @pytest.mark.parametrize("dtype", STORAGES.values(), ids=lambda dtype: dtype.name)
-def test_written_weights_come_back_bit_for_bit(tmp_path, dtype, shape):
+def test_written_weights_are_read_back_bit_for_bit(tmp_path, dtype, shape):
     bits = RNG.integers(
         0, 2 if dtype.kind == "b" else 256, np.prod((*shape, dtype.itemsize), dtype=int)
     )
@@ -36,7 +36,7 @@ def test_written_weights_come_back_bit_for_bit(tmp_path, dtype, shape):
         )
 
 
-def test_writing_is_aligned_repeatable_and_leaves_no_partial_file(tmp_path):
+def test_writing_is_aligned_reproducible_and_leaves_no_partial_file(tmp_path):
     weights = {f"layer{'x' * n}": np.full(n, n, ml_dtypes.bfloat16) for n in range(1, 70, 7)}
     for name in ("a.pth", "b.pth"):
         write_pth(tmp_path / name, weights)
@@ -64,7 +64,7 @@ def test_64_bit_zip_sizes_keep_the_alignment(tmp_path, monkeypatch):
     assert back["x"].ctypes.data % 64 == back["y"].ctypes.data % 64 == 0
 
 
-def test_what_pytorch_cannot_hold_is_refused(tmp_path):
+def test_weights_that_pytorch_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ValueError, match="x has type uint32; convert it to one of float64"):
         write_pth(tmp_path / "x.pth", {"x": np.zeros(2, np.uint32)})
     with pytest.raises(ValueError, match="the name 3 is a int"):
@@ -74,7 +74,7 @@ def test_what_pytorch_cannot_hold_is_refused(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_files_that_are_no_checkpoints(tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(tmp_path):
     magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
     texts = {
         b"": "is empty",
@@ -98,7 +98,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     assert "big-endian" in refusal(big)
 
 
-def test_damaged_and_cut_files(tmp_path):
+def test_damaged_and_truncated_files_are_refused(tmp_path):
     path = tmp_path / "x.pth"
     write_pth(path, {"x": DATA})
     whole = path.read_bytes()
@@ -115,7 +115,7 @@ def test_damaged_and_cut_files(tmp_path):
     assert "ends inside 'archive/data/0'" in refusal(path)
 
 
-def test_safetensors_of_another_writer(tmp_path):
+def test_safetensors_of_another_writer_are_read(tmp_path):
     weights = {"x": DATA.reshape(4, 6), "h": np.ones(3, ml_dtypes.bfloat16), "s": np.array(5)}
     first_bytes = set()
     for pad in range(0, 256, 8):
@@ -128,7 +128,7 @@ def test_safetensors_of_another_writer(tmp_path):
     assert 0x80 in first_bytes, "no header has the length that looks like the start of a pickle"
 
 
-def test_a_damaged_safetensors_file_is_named_once(tmp_path):
+def test_an_error_names_a_damaged_safetensors_file_once(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"x": DATA}, path)
     path.write_bytes(path.read_bytes()[:-1])

@@ -25,7 +25,7 @@ NEW_NAMESPACE = NAMESPACE + b")\x81"
 CALLBACK = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
 
 
-def test_views_equal_index_arithmetic_and_never_leave_their_storage(tmp_path):
+def test_views_match_index_arithmetic_and_stay_within_their_storage(tmp_path):
     outcomes = set()
     for _ in range(150):
         rank = RNG.integers(0, 4)
@@ -57,7 +57,7 @@ def test_tied_and_strided_tensors_share_memory(tmp_path, method):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_plain_data_and_numpy_scalars_of_a_trainer_checkpoint(tmp_path, protocol):
+def test_plain_data_and_numpy_scalars_of_a_trainer_are_read(tmp_path, protocol):
     saved = {"epoch": 3, "lr": 1e-4, "args": {"seed": None, "ok": True, "tlr": np.float64(0.1)}}
     saved |= {
         "patch_nums": (1, 2, 3),
@@ -72,7 +72,7 @@ def test_plain_data_and_numpy_scalars_of_a_trainer_checkpoint(tmp_path, protocol
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_settings_in_a_namespace_are_plain_data(tmp_path, protocol):
+def test_a_namespace_of_settings_becomes_a_dict(tmp_path, protocol):
     args = argparse.Namespace(img_size=256, blr=1e-4, resume="", gpu=None, betas=(0.9, 0.95))
     args.nested = argparse.Namespace(deep=[args.betas])
     both = {"args": args, "again": args, "empty": argparse.Namespace()}
@@ -90,13 +90,13 @@ def test_strange_namespaces_do_no_harm(tmp_path):
     back = read_checkpoint(archive(tmp_path / "x.pth", pickled))
     assert dict(back["odd"]) == names and callable(back["odd"].update)
     assert back["itself"]["me"] is back["itself"] and back["itself"]["both"][1] is back["itself"]
-    # Twice built: the later values count, as for a real one.
+    # A second BUILD overwrites values of the first, as in Python's unpickler.
     twice = NEW_NAMESPACE + plain({"a": 1, "b": 2}) + b"b" + plain({"b": 3}) + b"b"
     back = read_checkpoint(archive(tmp_path / "x.pth", entries(x=twice)))
     assert back["x"] == {"a": 1, "b": 3}
 
 
-def test_the_class_of_a_lightning_callback_is_a_key_of_plain_text(tmp_path):
+def test_the_class_of_a_lightning_callback_becomes_a_string(tmp_path):
     callbacks = b"}" + CALLBACK + plain({"best_model_score": None}) + b"s"
     path = archive(tmp_path / "x.ckpt", entries(callbacks=callbacks, w=tensor((24,), (1,))))
     back = read_checkpoint(path)
@@ -109,8 +109,8 @@ def rebuild(arguments: bytes) -> bytes:
     return b"ctorch._utils\n_rebuild_tensor\n(" + stored() + arguments + b"tR"
 
 
-def test_few_bytes_can_not_ask_for_many_copies(tmp_path):
-    """Of a long list that lies in the memo, by a call of two bytes; once or twice it may be."""
+def test_many_copies_of_the_same_data_are_refused(tmp_path):
+    """Each call of a few bytes copies a long list from the memo; two calls are allowed."""
     function, pairs = b"ccollections\nOrderedDict\nq\xf0", plain([[i, i] for i in range(60)])
     for calls, whole in ((2, True), (20000, False)):
         copies = b"](" + b"h\xf0h\xf1\x85R" * calls + b"e"
@@ -123,7 +123,7 @@ def test_few_bytes_can_not_ask_for_many_copies(tmp_path):
             assert "copies the same data too often" in refusal(path)
 
 
-def test_operations_are_counted(tmp_path, monkeypatch):
+def test_the_number_of_operations_is_limited(tmp_path, monkeypatch):
     path = archive(tmp_path / "x.pth", b"\x80\x02" + b"]" * 50 + b".")
     assert read_checkpoint(path) == []
     monkeypatch.setattr("varjax.convert.pth.unpickle.MAX_OPCODES", 50)
@@ -139,7 +139,7 @@ class Touch:
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_that_acts_is_refused_and_does_not_act(tmp_path, protocol):
+def test_a_pickle_that_runs_code_is_refused_without_running_it(tmp_path, protocol):
     target = tmp_path / "touched"
     attack = pickle.dumps({"x": Touch(target)}, protocol)
     message = refusal(archive(tmp_path / "x.pth", attack))
@@ -209,8 +209,8 @@ def test_hostile_and_damaged_pickles_are_refused(tmp_path, body, problem):
     assert problem in message
 
 
-def test_nested_bombs_end_at_once(tmp_path):
-    # 60 pairs of the pair before: what hashes or prints them all never ends.
+def test_nested_bombs_end_quickly(tmp_path):
+    # Each of 60 pairs holds the previous one twice, so hashing or printing the last never ends.
     doubling = b"\x80\x02]q\x00" + b"".join(b"(h\x00h\x00tq\x00" for _ in range(60))
     deep = b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."
     start = time.monotonic()
@@ -218,7 +218,7 @@ def test_nested_bombs_end_at_once(tmp_path):
     for last in (b"}h\x00K\x01s.", b"ctorch\ndevice\nh\x00\x85R.", b"ctorch\nSize\nh\x00\x93."):
         refusal(archive(tmp_path / "x.pth", doubling + last))
     assert time.monotonic() - start < 5
-    # As attributes they are not hashed.
+    # Attributes are not hashed, so this file is read.
     read_checkpoint(
         archive(tmp_path / "x.pth", doubling + NEW_NAMESPACE + b"}" + plain("x") + b"h\x00sb.")
     )
