@@ -1,4 +1,4 @@
-"""What users do, with everything in a bucket of a server that speaks Google's protocol."""
+"""Tests commands on a bucket, served locally with Google Cloud Storage's protocol."""
 
 import json
 import pathlib
@@ -33,7 +33,7 @@ from varjax.training import loop
 from varjax.var.task import VARTask
 
 ROOT = f"gs://{BUCKET}"
-# aiohttp says this of gcsfs
+# aiohttp warns about the uploads of gcsfs.
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 
 
@@ -47,7 +47,7 @@ def server():
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """The working folder, in which nothing may appear that belongs in the bucket."""
+    """Runs a test in a folder that must stay empty, because all output belongs in the bucket."""
     monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -56,11 +56,11 @@ def work(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_was_killed(whole, work, capsys):
+def test_a_killed_run_resumes(whole, work, capsys):
     run, settings = f"{ROOT}/runs/a", dict(keep_best="eval/loss", preview_every=20, keep=3)
     loop.train(tiny.experiment(run, **settings))
     tiny.assert_same_run(run, whole[0])
-    # The last checkpoint is as a kill leaves it, there but not complete; the one before is damaged.
+    # The last checkpoint becomes incomplete, as after a kill, and the one before it damaged.
     checkpoints = as_path(run) / "checkpoints"
     (checkpoints / "30" / "commit_success.txt").unlink()
     for name in buckets.object_versions(checkpoints / "20"):
@@ -92,17 +92,17 @@ def test_weights_are_converted_and_read(work):
         write_pth(local[part], tensors)
         there[part] = f"{ROOT}/official/{name}.pth"
         buckets.upload(local[part], as_path(there[part]))
-    for _ in range(2):  # the second one replaces
+    for _ in range(2):  # the second conversion replaces the first
         convert(f"{ROOT}/weights", **there)
     convert(work / "weights", **local)
     chex.assert_trees_all_equal(read_model(f"{ROOT}/weights")[2], read_model(work / "weights")[2])
 
 
 @pytest.mark.slow
-def test_samples_are_drawn_and_measured(work, capsys):
+def test_samples_are_drawn_and_evaluated(work, capsys):
     flags = [f"--weights={runs.var()}", "--labels=0,1,2,3", "--count=2", "--batch_size=4"]
     for out in "grid.png", "folder", "samples.npz":
-        for _ in range(2):  # the second one finds all done
+        for _ in range(2):  # the second call finds everything done
             assert sample_main([*flags, f"--out={ROOT}/samples/{out}"]) == 0
     names = list(buckets.object_versions(as_path(f"{ROOT}/samples")))
     assert len([n for n in names if n.startswith("folder/") and n.endswith(".png")]) == 8
@@ -126,7 +126,7 @@ def test_images_are_packed_and_read(work):
     batch = here.make(4, seed=1).train_batch(0)
     chex.assert_trees_all_equal(there.make(4, seed=1).train_batch(0), batch)
 
-    for _ in range(2):  # the second one finds all done
+    for _ in range(2):  # the second call finds everything done
         assert "is complete" in prepare(f"{ROOT}/photos", f"{ROOT}/packed", workers=1, shards=2)
     packed = TFDS(f"{ROOT}/packed", size=16)
     chex.assert_trees_all_equal(packed.make(4, seed=1).train_batch(0), batch)

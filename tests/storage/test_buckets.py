@@ -1,4 +1,4 @@
-"""Paths in buckets, over fsspec's file system in memory; other tests have a server's."""
+"""Tests bucket paths on fsspec's in-memory file system; test_bucket_server.py uses a server."""
 
 import os
 import pathlib
@@ -31,17 +31,17 @@ def names():
     return sorted(MemoryBuckets.store)
 
 
-def test_paths_of_disks_and_buckets():
+def test_paths_on_disks_and_in_buckets_are_distinguished():
     for text in "runs/a", "/data", "a:b", "~x":
         path = buckets.as_path(text)
         assert path == pathlib.Path(text) and not buckets.in_bucket(path)
     path = buckets.as_path("gs://b/x/")
     assert str(path / "y.png") == "gs://b/x/y.png" and buckets.in_bucket(path / "y.png")
-    assert str(buckets.as_path(pathlib.Path("s3://b/x"))) == "s3://b/x"  # which lost a slash
+    assert str(buckets.as_path(pathlib.Path("s3://b/x"))) == "s3://b/x"  # pathlib removes a slash
 
 
 @pytest.mark.parametrize("text", ["http://a/b", "gs://", "file:///a", "GS://b/x"])
-def test_other_addresses_are_refused(text):
+def test_unsupported_addresses_are_refused(text):
     with pytest.raises(InputError, match="gs://BUCKET/"):
         buckets.as_path(text)
 
@@ -58,7 +58,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 @BOTH
-def test_a_file_appears_whole_or_not_at_all(root, memory):
+def test_a_file_is_complete_or_absent(root, memory):
     path = f"{root}/a/b.json"
     files.write_json(path, {"a": 1})
     assert files.read_json(path) == {"a": 1} and names() == ["/b/x/a/b.json"]
@@ -82,18 +82,18 @@ def write_folder(path, **texts):
 
 
 @BOTH
-def test_what_a_folder_holds_is_told_last(root, memory):
+def test_the_index_file_of_a_folder_is_uploaded_last(root, memory):
     write_folder(f"{root}/w", config_json="1", a_bin="1", z_bin="1")
     assert [name for _, name in memory.calls] == [
         f"{root}/w/{name}" for name in ("a.bin", "z.bin", "config.json")
     ]
-    # Replaced by another one, killed in the middle of that: no file tells what the others are.
+    # A kill during a replacement leaves no index file, so the mixture does not look complete.
     memory.failing = "z.bin"
     with pytest.MonkeyPatch.context() as killed, pytest.raises(StorageError):
         killed.setattr(memory, "rm", lambda *_, **__: None)
         write_folder(f"{root}/w", config_json="2", a_bin="2", z_bin="2")
     assert names() == ["/b/x/w/a.bin", "/b/x/w/z.bin"]
-    # Nothing is left where the network failed.
+    # After a network failure, nothing is left.
     with pytest.raises(StorageError):
         write_folder(f"{root}/w", config_json="2", a_bin="2", z_bin="2")
     assert names() == []
@@ -106,16 +106,16 @@ def test_what_a_folder_holds_is_told_last(root, memory):
 
 
 @BOTH
-def test_of_several_writers_one_creates_a_file(root):
+def test_only_one_of_several_writers_creates_a_file(root):
     assert files.create_json(f"{root}/r.json", {"a": 1})
     assert not files.create_json(f"{root}/r.json", {"a": 2})
     assert files.read_json(f"{root}/r.json") == {"a": 1}
 
 
 @BOTH
-def test_a_local_copy_is_made_once_for_each_content(root, memory):
+def test_a_local_copy_is_made_once_per_content(root, memory):
     path = buckets.as_path(root) / "t.safetensors"
-    assert files.local_copy(path) == path  # nothing is there
+    assert files.local_copy(path) == path  # the object does not exist
     assert files.local_copy("here.txt") == pathlib.Path("here.txt")
     for number in 1, 2:
         files.write_tensors(path, {"a": np.full(3, number)}, {})
@@ -127,7 +127,7 @@ def test_a_local_copy_is_made_once_for_each_content(root, memory):
 
 
 @BOTH
-def test_a_local_copy_of_a_folder_goes_on_where_it_was_cut_off(root, memory, monkeypatch):
+def test_an_interrupted_local_copy_of_a_folder_is_completed(root, memory, monkeypatch):
     for name in "a/1.txt", "a/2.txt", "b/3.txt":
         with files.atomic_path(f"{root}/d/{name}") as temporary:
             temporary.write_text(name)
@@ -140,7 +140,7 @@ def test_a_local_copy_of_a_folder_goes_on_where_it_was_cut_off(root, memory, mon
 
 
 @BOTH
-def test_a_mirror_uploads_what_has_changed(root, memory):
+def test_a_mirror_uploads_only_changed_files(root, memory):
     path = buckets.as_path(root) / "run"
     with files.atomic_path(path / "log") as temporary:
         temporary.write_text("1\n")
@@ -158,14 +158,14 @@ def test_a_mirror_uploads_what_has_changed(root, memory):
     assert not mirror.folder.exists()
 
 
-def test_a_mirror_of_a_disk_is_the_folder_itself(tmp_path):
+def test_a_mirror_of_a_folder_on_a_disk_is_the_folder_itself(tmp_path):
     mirror = buckets.LocalMirror(tmp_path)
     mirror.close()
     assert mirror.folder == tmp_path and tmp_path.is_dir()
 
 
 @BOTH
-def test_listing_moving_and_removing(root):
+def test_objects_are_listed_moved_and_removed(root):
     path = buckets.as_path(root)
     for name in "a/1.txt", "a/2.txt", "3.txt":
         with files.atomic_path(path / name) as temporary:
@@ -181,7 +181,7 @@ def test_listing_moving_and_removing(root):
 
 
 @BOTH
-def test_a_folder_is_claimed_and_nobody_is_locked_out_of_it(root, capsys):
+def test_a_folder_in_a_bucket_can_be_claimed_but_not_locked(root, capsys):
     folders.claim_folder(buckets.as_path(root) / "o", "request.json", {"a": 1})
     with pytest.raises(InputError, match="made with other settings"):
         folders.claim_folder(buckets.as_path(root) / "o", "request.json", {"a": 2})
@@ -209,7 +209,7 @@ def test_an_object_whose_name_leads_elsewhere_is_not_copied(root, memory, tmp_pa
 
 @BOTH
 def test_only_copies_that_no_process_uses_are_removed(root, tmp_path, monkeypatch):
-    """The oldest go where all are too many; this process, and another one, use two of them."""
+    """Copies beyond the limit are removed, except those that this or another process uses."""
     for name in "abcd":
         with files.atomic_path(f"{root}/{name}") as temporary:
             temporary.write_bytes(bytes(100))
@@ -218,10 +218,10 @@ def test_only_copies_that_no_process_uses_are_removed(root, tmp_path, monkeypatc
         os.utime(copy.parent, (time.time() - age * 86400,) * 2)
     monkeypatch.setattr(cache_dir, "MAX_COPY_BYTES", 150)
     files.local_copy(f"{root}/d")
-    assert all(copy.exists() for copy in copies)  # this process used them
+    assert all(copy.exists() for copy in copies)  # this process uses them
 
     for descriptor in cache_dir._locks.values():
-        os.close(descriptor)  # as if it had ended
+        os.close(descriptor)  # as if this process had ended
     cache_dir._locks.clear()
     used = f"import time; from varjax.storage import cache_dir; cache_dir.use_copy({copies[1].parent.name!r}); print(1, flush=True); time.sleep(60)"  # noqa: E501
     other = subprocess.Popen([sys.executable, "-c", used], cwd=ROOT, stdout=subprocess.PIPE)
@@ -230,7 +230,7 @@ def test_only_copies_that_no_process_uses_are_removed(root, tmp_path, monkeypatc
         os.utime(copies[1].parent, (time.time() - 2 * 86400,) * 2)
         cache_dir.prune_copies()
         assert [copy.exists() for copy in copies] == [False, True, False]
-        assert len(list((tmp_path / "cache/buckets").iterdir())) == 2  # of the other, and d
+        assert len(list((tmp_path / "cache/buckets").iterdir())) == 2  # b and d
     finally:
         other.kill()
         other.wait()
@@ -239,17 +239,17 @@ def test_only_copies_that_no_process_uses_are_removed(root, tmp_path, monkeypatc
     cache_dir.prune_copies()
     assert [copy.exists() for copy in copies] == [False, False, False]
     left = {path.name for path in (tmp_path / "cache/buckets").iterdir()}
-    assert len(left) == 1  # that of d, which is the youngest
+    assert len(left) == 1  # d, the most recently used one
 
 
-def test_the_cache_lies_on_a_disk(monkeypatch):
+def test_a_cache_in_a_bucket_is_refused(monkeypatch):
     monkeypatch.setenv("VARJAX_CACHE", "gs://b/cache")
     with pytest.raises(InputError, match="must be a folder on a disk"):
         cache_folder()
 
 
-def test_no_module_takes_paths_for_those_of_a_disk():
-    """pathlib.Path would make a local folder "gs:" of an address."""
+def test_only_listed_modules_call_pathlib_path():
+    """pathlib.Path would turn an address into a local folder "gs:"."""
     local = {
         "storage/buckets.py",
         "storage/files.py",
@@ -257,14 +257,14 @@ def test_no_module_takes_paths_for_those_of_a_disk():
         "config/config_flags.py",
         "training/metric_writers.py",
     }
-    local |= {"convert/pretrained.py", "data/array_record.py"}  # of the Hub; temporaries
+    local |= {"convert/pretrained.py", "data/array_record.py"}  # files of the Hub; temporary files
     local |= {"benchmark/partitioning.py", "evaluation/digits_report.py"}
-    local |= {"benchmark/checksum.py", "data/sources/tfds.py"}  # a temporary; a local copy
+    local |= {"benchmark/checksum.py", "data/sources/tfds.py"}  # a temporary file; a local copy
     local |= {"sampling/rejection.py", "demo/__main__.py", "demo/draw_tab.py"}  # temporary folders
     local |= {"checkpoints/class_names.py"}  # a file of the package
     local |= {"export/exported_model.py", "export/run.py"}  # they run without varjax
-    local |= {"export/folder.py"}  # files of packages
-    local |= {"runtime/hardware.py"}  # a container's limits, as Linux tells them
+    local |= {"export/folder.py"}  # files of installed packages
+    local |= {"runtime/hardware.py"}  # a container's limits on Linux
     found = {
         str(file.relative_to(ROOT / "varjax"))
         for file in (ROOT / "varjax").rglob("*.py")
@@ -274,21 +274,21 @@ def test_no_module_takes_paths_for_those_of_a_disk():
 
 
 @pytest.mark.parametrize("text", ["", " "])
-def test_an_empty_name_is_no_folder(text):
-    """pathlib.Path would take the one in which a command is called."""
+def test_an_empty_path_is_refused(text):
+    """pathlib.Path would use the current folder."""
     with pytest.raises(InputError, match="name of a file or folder is empty; use . for"):
         buckets.as_path(text)
     assert buckets.as_path(".") == pathlib.Path()
 
 
-def test_a_home_folder_is_meant_where_the_shell_leaves_its_sign(monkeypatch, tmp_path):
-    """bash passes --out=~/images as it is."""
+def test_a_leading_tilde_is_expanded(monkeypatch, tmp_path):
+    """bash does not expand it in --out=~/images."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert buckets.as_path("~/runs/x") == tmp_path / "runs/x"
     assert buckets.as_path("runs/~") == pathlib.Path("runs/~")
 
 
-def test_a_name_that_no_disk_takes_is_refused():
+def test_a_name_too_long_for_file_systems_is_refused():
     with pytest.raises(InputError, match="aaa… has 256 bytes; the name of a file or folder has at"):
         files.exists("runs/" + 256 * "a")
     assert not files.exists("runs/" + 255 * "a")

@@ -21,7 +21,7 @@ GRIDS = (
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_images_are_enlarged_by_a_whole_number_and_set_apart(channels):
+def test_images_are_enlarged_by_a_whole_number_and_separated(channels):
     images_NHWC = np.random.default_rng(0).integers(0, 256, (7, 8, 8, channels), np.uint8)
     captions = Captions("digits · seed 0", tiles=[*"3141592"])
     picture_HWC = captioned_grid(images_NHWC, captions)
@@ -36,8 +36,7 @@ def test_images_are_enlarged_by_a_whole_number_and_set_apart(channels):
 
 
 @pytest.mark.parametrize(("images", "shape", "captions", "columns"), GRIDS)
-def test_words_are_seen_whole(images, shape, captions, columns):
-    """They end before the picture does, and no image hides one."""
+def test_words_are_neither_cut_off_nor_hidden_by_images(images, shape, captions, columns):
     layout = grid_layout(images, shape, captions, columns)
     words = grids._draw_words(layout, captions, images)
     assert words.shape == layout.size and (words < 100).any()
@@ -49,7 +48,7 @@ def test_words_are_seen_whole(images, shape, captions, columns):
         assert (words[y : y + h, x : x + w] == 255).all()
 
 
-def test_a_name_is_next_to_its_row():
+def test_row_names_are_next_to_their_rows():
     captions = Captions(rows=["3", "", "7"])
     layout = grid_layout(6, (8, 8), captions, 2)
     words = grids._draw_words(layout, captions, 6)
@@ -75,7 +74,7 @@ def test_letters_that_the_font_lacks_are_replaced():
     assert all(bytes(font.getmask(letter)) != missing for letter in "·…")
 
 
-def test_a_picture_that_could_not_be_opened_has_no_words(monkeypatch):
+def test_words_are_left_out_if_the_picture_would_be_too_large(monkeypatch):
     images_NHWC = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
     monkeypatch.setattr(grids, "MOST_PIXELS", 4 * 64 * 64)
     picture_HWC = captioned_grid(images_NHWC, Captions("a"))

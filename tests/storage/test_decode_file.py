@@ -41,7 +41,7 @@ def test_every_kind_of_image_becomes_rgb():
     )
     np.testing.assert_array_equal(rgb(with_alpha), RGB_HWC)
     np.testing.assert_array_equal(rgb(gray_with_alpha), gray_HWC)
-    assert np.array_equal(rgb(sixteen), gray_HWC)  # scaled: clipped, nearly all would be white
+    assert np.array_equal(rgb(sixteen), gray_HWC)  # scaled; clipping would make it nearly white
     np.testing.assert_array_equal(rgb(sixteen, "tiff"), gray_HWC)
     np.testing.assert_array_equal(rgb(Image.fromarray(GRAY_HW > 100)), 255 * (gray_HWC > 100))
     assert np.abs(rgb(PLAIN.convert("CMYK"), "tiff") - RGB_HWC).max() <= 2
@@ -50,7 +50,7 @@ def test_every_kind_of_image_becomes_rgb():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_stand_upright(orientation):
+def test_exif_orientation_is_applied(orientation):
     stored_HW = [
         lambda x: x,
         np.fliplr,
@@ -67,7 +67,7 @@ def test_photographs_stand_upright(orientation):
     np.testing.assert_array_equal(decode_file(data, 1, "x")[..., 0], GRAY_HW)
 
 
-def test_gray_and_alpha_are_given_where_they_are_asked_for():
+def test_gray_and_alpha_are_returned_on_request():
     clear = PLAIN.copy()
     clear.putalpha(77)
     assert np.array_equal(
@@ -79,7 +79,7 @@ def test_gray_and_alpha_are_given_where_they_are_asked_for():
     assert np.all(decode_file(encoded(PLAIN), 4, "x")[..., 3] == 255)
 
 
-def test_what_is_broken_is_named_with_the_reason(tmp_path):
+def test_broken_files_are_named_with_the_reason(tmp_path):
     whole = encoded(Image.effect_noise((64, 64), 50), "jpeg")
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("not an image")
@@ -99,12 +99,12 @@ def test_what_is_broken_is_named_with_the_reason(tmp_path):
         decode_file(tmp_path)
     with pytest.raises(BrokenImage, match="record 7 cannot be read"):
         decode_file(b"\x89PNG\r\n\x1a\n but no more", name="record 7")
-    copy = pickle.loads(pickle.dumps(caught.value))  # as it comes back from a worker process
+    copy = pickle.loads(pickle.dumps(caught.value))  # as when a worker process raises it
     assert (copy.name, copy.reason) == (caught.value.name, caught.value.reason)
     assert "\udcff" not in str(BrokenImage("x", "y")) + str(_error(tmp_path / "\udcff.jpg"))
 
 
-def test_a_huge_image_is_a_warning_and_a_far_too_huge_one_is_broken(monkeypatch):
+def test_large_images_warn_and_decompression_bombs_are_broken(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
     with pytest.warns(Image.DecompressionBombWarning):
         assert decode_file(encoded(PLAIN), name="x").shape == (3, 4, 3)

@@ -25,7 +25,7 @@ def test_a_failure_leaves_the_old_content_and_no_temporary(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_directories_are_replaced_whole(tmp_path):
+def test_folders_are_replaced_as_a_whole(tmp_path):
     for content in ("old", "new"):
         with files.atomic_path(tmp_path / "d") as temporary:
             temporary.mkdir()
@@ -33,7 +33,7 @@ def test_directories_are_replaced_whole(tmp_path):
     assert [p.name for p in (tmp_path / "d").iterdir()] == ["new"]
 
 
-def test_tensors_there_and_back_are_equal_to_the_bit(tmp_path):
+def test_tensors_round_trip_exactly(tmp_path):
     tree = {
         "a": {"kernel": np.arange(6.0).reshape(2, 3).T, "scale": jnp.float32(3)},
         "half": jnp.linspace(0, 1, 5, dtype=jnp.bfloat16),
@@ -77,7 +77,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
             files.read_tensors(path)
 
 
-def test_what_cannot_be_written_is_a_storage_error_that_names_it(tmp_path):
+def test_a_failed_write_raises_a_storage_error_that_names_the_path(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file/a.json could not be written: .*File exists"):
         files.write_json(tmp_path / "file" / "a.json", {})
@@ -92,7 +92,7 @@ def test_what_cannot_be_written_is_a_storage_error_that_names_it(tmp_path):
 
 
 def fail_fsync(monkeypatch, code, folders):
-    """Lets fsync of folders, or of files, raise an error."""
+    """Makes fsync of folders, or of files, raise an error."""
     fsync = os.fsync
 
     def fail(descriptor):
@@ -104,7 +104,7 @@ def fail_fsync(monkeypatch, code, folders):
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_cannot_flush_folders_is_written_to(tmp_path, monkeypatch, code):
+def test_a_file_system_that_cannot_fsync_folders_is_supported(tmp_path, monkeypatch, code):
     fail_fsync(monkeypatch, code, folders=True)
     files.write_json(tmp_path / "a.json", {"a": 1})
     assert files.create_json(tmp_path / "b.json", {"b": 1})
@@ -113,13 +113,13 @@ def test_a_file_system_that_cannot_flush_folders_is_written_to(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("code, folders", [(errno.EIO, True), (errno.EINVAL, False)])
-def test_other_errors_of_flushing_are_told(tmp_path, monkeypatch, code, folders):
+def test_other_fsync_errors_are_raised(tmp_path, monkeypatch, code, folders):
     fail_fsync(monkeypatch, code, folders)
     with pytest.raises(StorageError, match=os.strerror(code)):
         files.write_json(tmp_path / "a.json", {"a": 1})
 
 
-def test_what_is_replaced_keeps_its_permissions(tmp_path):
+def test_replaced_files_and_folders_keep_their_permissions(tmp_path):
     path, folder = tmp_path / "a.json", tmp_path / "d"
     for mode in (0o600, 0o664):
         for written in (path, folder):
@@ -142,7 +142,7 @@ with files.atomic_path(sys.argv[1]) as temporary:
 """
 
 
-def test_processes_of_equal_number_leave_one_another_s_temporaries_alone(tmp_path):
+def test_writers_with_equal_process_ids_use_different_temporaries(tmp_path):
     path = tmp_path / "a"
     with files.atomic_path(path) as one, files.atomic_path(path) as other:
         one.write_text("one")
@@ -151,7 +151,7 @@ def test_processes_of_equal_number_leave_one_another_s_temporaries_alone(tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_temporaries_are_removed_once_nobody_can_finish_them(tmp_path):
+def test_abandoned_temporaries_are_removed(tmp_path):
     command = [sys.executable, "-c", LEFT_BY_A_KILL, str(tmp_path / "a")]
     assert subprocess.run(command, cwd=ROOT).returncode == 9
     (dead,) = tmp_path.iterdir()
@@ -182,9 +182,7 @@ def write_folder(path, content):
 
 
 @pytest.mark.parametrize("reader", [True, False])
-def test_a_kill_between_the_renames_that_replace_a_folder_loses_nothing(
-    tmp_path, monkeypatch, reader
-):
+def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, monkeypatch, reader):
     path, rename, left = tmp_path / "d", os.rename, [1]
     monkeypatch.setattr(files, "REPLACED_SECONDS", 0.0)
     write_folder(path, "old")
@@ -209,7 +207,7 @@ def test_a_kill_between_the_renames_that_replace_a_folder_loses_nothing(
     assert not files.exists(tmp_path / "absent") and not files.exists("absent")
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
     write_folder(tmp_path / "d", "old")
     rename = os.rename
 
@@ -227,7 +225,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
-def test_links_stay_and_what_they_name_is_replaced(tmp_path):
+def test_links_are_kept_and_their_targets_replaced(tmp_path):
     disk, here = tmp_path / "disk", tmp_path / "here"
     disk.mkdir()
     here.mkdir()
@@ -245,7 +243,7 @@ def test_links_stay_and_what_they_name_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_file_is_created_once(tmp_path, monkeypatch, links):
+def test_create_json_creates_a_file_only_once(tmp_path, monkeypatch, links):
     def no_links(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
 

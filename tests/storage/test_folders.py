@@ -23,7 +23,7 @@ from varjax.storage.folders import (
 )
 
 
-def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
+def test_a_lock_is_held_until_its_context_or_process_ends(tmp_path):
     lock = f"with folders.lock_folder({str(tmp_path)!r}): print(); input()"
     code = f"from varjax.storage import folders\n{lock}"
     command = [sys.executable, "-c", code]
@@ -41,7 +41,7 @@ def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
             pass
 
 
-def test_a_folder_that_would_be_replaced_may_hold_nothing_of_others(tmp_path):
+def test_a_folder_with_foreign_files_is_not_replaceable(tmp_path):
     out = tmp_path / "out"
     folders.check_replaceable(out)
     out.mkdir()
@@ -55,7 +55,7 @@ def test_a_folder_that_would_be_replaced_may_hold_nothing_of_others(tmp_path):
         folders.check_replaceable(out / "config.json")
 
 
-def test_a_folder_is_gone_on_with_for_the_same_request_only(tmp_path):
+def test_a_folder_is_reused_only_for_the_same_request(tmp_path):
     out, request = tmp_path / "out", {"size": (3, 4), "seed": 0}
     out.mkdir()
     (out / ".hidden").touch()
@@ -75,7 +75,7 @@ def test_a_folder_is_gone_on_with_for_the_same_request_only(tmp_path):
         folders.claim_folder(out / "request.json", "request.json", request)
 
 
-def test_differences_within_a_setting_are_listed_by_name_and_long_values_are_cut():
+def test_nested_differences_are_listed_by_name_and_long_values_truncated():
     old = {"samples": {"labels": "1," * 500, "options": {"top_k": 1, "top_p": 0.5}}, "seed": 0}
     new = {"samples": {"labels": "2," * 500, "options": {"top_k": 2, "top_p": 0.5}}, "seed": 0}
     with pytest.raises(InputError) as caught:
@@ -86,7 +86,7 @@ def test_differences_within_a_setting_are_listed_by_name_and_long_values_are_cut
     assert top_k == "  samples.options.top_k: 1 there, 2 requested"
 
 
-def test_a_record_of_an_older_version_lacks_the_model_s_config_and_is_continued():
+def test_a_request_of_an_older_version_without_model_config_is_continued():
     new = {"seed": 0, "samples": {"count": 4, "model_config": "a"}, "model_config": "a"}
     old = {"seed": 0, "samples": {"count": 4}}
     folders.check_same_request("x", old, new)
@@ -98,8 +98,8 @@ def test_a_record_of_an_older_version_lacks_the_model_s_config_and_is_continued(
         folders.check_same_request("x", old, new | {"seed": 1})
 
 
-def test_a_request_that_is_not_listed_yet_is_waited_for(tmp_path, monkeypatch):
-    """A network's disk may show what others have made, but not yet what they began with."""
+def test_claiming_waits_for_a_request_file_that_is_not_listed_yet(tmp_path, monkeypatch):
+    """A network disk may list the files of another machine before their request file."""
     monkeypatch.setattr(folders, "LISTING_SECONDS", 10.0)
     (tmp_path / "0.png").touch()
     write = lambda: files.write_json(tmp_path / "request.json", {"seed": 0})  # noqa: E731
@@ -111,7 +111,7 @@ def test_a_request_that_is_not_listed_yet_is_waited_for(tmp_path, monkeypatch):
     timer.join()
 
 
-def test_of_several_that_claim_a_folder_at_once_one_wins(tmp_path, monkeypatch):
+def test_only_one_of_several_concurrent_claims_succeeds(tmp_path, monkeypatch):
     create = folders.create_json
 
     def slower_than_another(path, request):
@@ -124,8 +124,8 @@ def test_of_several_that_claim_a_folder_at_once_one_wins(tmp_path, monkeypatch):
     folders.claim_folder(tmp_path, "request.json", {"seed": 1})
 
 
-def test_a_lock_is_a_file_opened_for_writing(tmp_path, monkeypatch):
-    """Without that NFS locks nothing."""
+def test_the_lock_file_is_opened_for_writing(tmp_path, monkeypatch):
+    """NFS locks only files that are open for writing."""
     flock, held = fcntl.flock, []
 
     def flock_on_nfs(descriptor, operation):
@@ -144,7 +144,7 @@ def test_a_lock_is_a_file_opened_for_writing(tmp_path, monkeypatch):
     folders.check_replaceable(tmp_path / "new")
 
 
-def test_where_nothing_can_be_locked_a_line_says_so(tmp_path, monkeypatch, capsys):
+def test_unsupported_locks_are_reported_once(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -160,12 +160,12 @@ def test_where_nothing_can_be_locked_a_line_says_so(tmp_path, monkeypatch, capsy
             pass
 
 
-def test_a_lock_is_seen_by_another_user_who_may_only_read():
+def test_a_user_who_may_only_read_sees_the_lock():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         with folders.lock_folder(folder):
             os.chmod(os.path.join(folder, folders.LOCK_FILE), 0o444)
-            as_root = os.geteuid() == 0  # who may write everywhere
+            as_root = os.geteuid() == 0  # root may write everywhere
             try:
                 if as_root:
                     os.seteuid(65534)
@@ -175,17 +175,17 @@ def test_a_lock_is_seen_by_another_user_who_may_only_read():
                     os.seteuid(0)
 
 
-def test_a_look_at_a_lock_does_not_refuse_who_takes_it(tmp_path, monkeypatch):
+def test_checking_a_lock_does_not_prevent_taking_it(tmp_path, monkeypatch):
     looking = os.open(tmp_path / folders.LOCK_FILE, os.O_RDONLY | os.O_CREAT)
-    fcntl.flock(looking, fcntl.LOCK_SH)  # as is_locked does for an instant
+    fcntl.flock(looking, fcntl.LOCK_SH)  # as is_locked briefly does
     monkeypatch.setattr(folders.time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
     with folders.lock_folder(tmp_path):
         pass
     os.close(looking)
 
 
-def test_a_folder_that_went_while_it_was_waited_for_is_locked_anew(tmp_path):
-    """Else two would lock files of one name, of which one is gone."""
+def test_a_folder_removed_while_its_lock_is_awaited_is_locked_again(tmp_path):
+    """Otherwise two processes could hold the lock, one of them on a deleted file."""
     folder, came = tmp_path / "d", threading.Event()
 
     def wait():
@@ -207,7 +207,7 @@ def test_a_folder_that_went_while_it_was_waited_for_is_locked_anew(tmp_path):
         waiting.join()
 
 
-def test_a_second_one_is_told_and_nothing_of_the_lock_stays(tmp_path):
+def test_a_locked_work_folder_is_refused_and_keeps_no_lock_file(tmp_path):
     folder = tmp_path / "images"
     with locked_work_folder(folder):
         (folder / "a.png").touch()
@@ -221,13 +221,13 @@ def test_a_second_one_is_told_and_nothing_of_the_lock_stays(tmp_path):
         pass
 
 
-def test_a_failure_gives_the_lock_back_and_an_empty_folder_is_removed(tmp_path):
+def test_a_failure_releases_the_lock_and_removes_an_empty_folder(tmp_path):
     with pytest.raises(KeyError), locked_work_folder(tmp_path / "new"):
         raise KeyError
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_is_removed_with_the_lock_in_it(tmp_path, monkeypatch):
+def test_a_work_folder_is_removed_with_its_lock_file(tmp_path, monkeypatch):
     folder = tmp_path / "parts"
     with locked_work_folder(folder):
         (folder / "0.npy").touch()
@@ -247,7 +247,7 @@ def test_a_folder_is_removed_with_the_lock_in_it(tmp_path, monkeypatch):
     assert not folder.exists()
 
 
-def test_where_nothing_can_be_written_is_said_beforehand(tmp_path):
+def test_folders_that_cannot_be_written_are_refused_in_advance(tmp_path):
     check_writable(tmp_path / "a" / "b")
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "x", pathlib.Path("/proc/varjax")):
@@ -255,7 +255,7 @@ def test_where_nothing_can_be_written_is_said_beforehand(tmp_path):
             check_writable(folder)
 
 
-def test_files_are_found_behind_links_and_each_folder_ends(tmp_path):
+def test_files_are_found_through_links_and_link_loops_end(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     for name in ("a/1", "a/b/2", "elsewhere/3"):

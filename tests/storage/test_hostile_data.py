@@ -1,7 +1,7 @@
-"""Arrays, JSON, runs, buckets' listings and checkpoints made to eat memory or to do harm.
+"""Tests that hostile arrays, JSON, runs, bucket listings and checkpoints are refused quickly.
 
-Each is refused in a moment, in one process that has little memory, in which an audit hook forbids
-to run programs, to import more code, and to write elsewhere than into the cache.
+One process with a memory limit reads them all, while an audit hook forbids running programs,
+importing more code, and writing outside the cache.
 """
 
 import json
@@ -19,7 +19,7 @@ MUTATIONS = 100
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What came of each file, by the file's name."""
+    """Returns the reader's report on each file, by file name."""
     folder = tmp_path_factory.mktemp("hostile")
     hostile_data.write_data(folder)
     good = (folder / "good.npz").read_bytes()
@@ -63,7 +63,7 @@ assert len(guard.broken) == 8, guard.broken
 """
 
 
-def test_the_guard_forbids_what_no_reader_has_to_do(tmp_path):
+def test_the_guard_forbids_what_readers_never_need_to_do(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "guarded.py").write_text(GUARDED)
     command = [sys.executable, str(tmp_path / "guarded.py"), str(tmp_path / "target")]
@@ -82,13 +82,13 @@ def test_good_data_are_read(outcomes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["npz", "npy", "json", "run", "bucket", "orbax"])
-def test_hostile_data_are_refused_in_a_moment(outcomes, kind):
+def test_hostile_data_are_refused_quickly(outcomes, kind):
     found = {n: x for n, x in outcomes.items() if n.startswith(f"{kind}.") and "damaged" not in n}
     assert len(found) >= 8
     for name, line in found.items():
         assert line["seconds"] < 10 and line["length"] < 6000, (name, line)
         assert all(text.isprintable() for text in line["message"].splitlines()), (name, line)
-        # A damaged line of metrics is left out; nothing needs the handlers' names.
+        # Damaged lines of metrics are skipped, and the names of handlers are not used.
         read = name.startswith(("run.metrics.", "orbax.handlers.", "orbax.meta.a_list"))
         allowed = {"read"} if read else {"refused"}
         assert line["outcome"] in allowed | ({"read"} if "a_little" in name else set()), name

@@ -28,7 +28,7 @@ PLAIN = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 
 @pytest.fixture
 def failing_open(monkeypatch):
-    """Makes the next opens of files in the test's folder fail: failing_open(errno, times)."""
+    """Returns a function (errno, times) that makes the next opens in the test's folder fail."""
     left, whole = [], os.open
 
     def open_or_fail(path, *arguments, **options):
@@ -49,24 +49,22 @@ READERS = {
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_an_error_of_the_machine_is_retried_and_says_nothing_of_the_image(
-    tmp_path, failing_open, read
-):
+def test_machine_errors_are_retried_and_do_not_make_the_image_broken(tmp_path, failing_open, read):
     path = tmp_path / "a.png"
     PLAIN.save(path)
     for code in (errno.EIO, errno.EMFILE, errno.ESTALE, errno.ENOMEM, errno.EHOSTDOWN):
         failing_open(code, 1)
-        read(path)  # the second attempt is good
+        read(path)  # the second attempt succeeds
         failing_open(code, 2)
         with pytest.raises(StorageError, match=r"a.png cannot be read now") as caught:
             read(path)
         assert not isinstance(caught.value, BrokenImage)
-    failing_open(errno.EPROTO, 1)  # whatever it is
+    failing_open(errno.EPROTO, 1)  # not in MACHINE_ERRNOS
     with pytest.raises(StorageError, match="made to fail"):
         read(path)
 
 
-def test_a_lack_of_memory_is_no_fault_of_the_image(monkeypatch):
+def test_a_lack_of_memory_does_not_make_the_image_broken(monkeypatch):
     failures, data = [], encoded(PLAIN, "png")
 
     def fail(self):
@@ -78,16 +76,16 @@ def test_a_lack_of_memory_is_no_fault_of_the_image(monkeypatch):
     with pytest.raises(StorageError, match="x.png cannot be read now: Cannot allocate memory"):
         decode_file(data, name="x.png")
     assert len(failures) == 2
-    monkeypatch.setattr(image_files, "_memory_is_left", lambda: True)  # but this image wants more
+    monkeypatch.setattr(image_files, "_memory_is_left", lambda: True)  # so the image is at fault
     with pytest.raises(BrokenImage, match="more memory than an image of its size"):
         decode_file(data, name="x.png")
 
 
-def test_what_is_no_regular_file_is_broken_and_never_waited_for(tmp_path, monkeypatch):
+def test_special_files_are_broken_and_do_not_block(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zeros.png").symlink_to("/dev/zero")
     (tmp_path / "loop.png").symlink_to("loop.png")
-    monkeypatch.chdir(tmp_path)  # the address of a socket is short
+    monkeypatch.chdir(tmp_path)  # the addresses of sockets have a length limit
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.png")
     for name, reason in (
@@ -104,14 +102,14 @@ def test_what_is_no_regular_file_is_broken_and_never_waited_for(tmp_path, monkey
         read_file(tmp_path / ("x" * 300))
 
 
-def test_postscript_runs_nothing_whatever_it_is_called(tmp_path, monkeypatch):
+def test_postscript_is_never_run_whatever_its_suffix(tmp_path, monkeypatch):
     def run(*arguments, **options):
         raise AssertionError(f"executed {arguments}")
 
     monkeypatch.setattr(subprocess, "Popen", run)
     path = tmp_path / "cat.jpg"
     path.write_bytes(POSTSCRIPT)
-    with pytest.raises(AssertionError, match="executed"):  # by Pillow when it may choose
+    with pytest.raises(AssertionError, match="executed"):  # by Pillow, if it may choose any format
         with Image.open(path) as picture:
             picture.load()
     for read in READERS.values():
@@ -129,7 +127,7 @@ def test_postscript_runs_nothing_whatever_it_is_called(tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_claimed_size_is_refused_before_anything_is_decoded(
+def test_an_excessive_size_is_refused_before_decoding(
     tmp_path, monkeypatch, width, height, bits, reason
 ):
     path = tmp_path / "bomb.png"
@@ -144,9 +142,9 @@ def test_a_claimed_size_is_refused_before_anything_is_decoded(
             read(path)
 
 
-def test_the_largest_images_are_read():
+def test_images_at_the_limits_are_read():
     assert decode_file(png(1, 100, rows=100), name="x").shape == (100, 1, 3)
-    assert untrusted.MAX_PIXELS >= 64 * 10**6  # a photograph of a telephone
+    assert untrusted.MAX_PIXELS >= 64 * 10**6  # phones take photos of this size
 
 
 def test_the_limits_can_be_set(monkeypatch):
@@ -163,10 +161,10 @@ def test_the_limits_can_be_set(monkeypatch):
     monkeypatch.setenv("VARJAX_MAX_PIXELS", "many")
     with pytest.raises(InputError, match="VARJAX_MAX_PIXELS=many: must be a whole") as caught:
         decode_file(large, name="x")
-    assert not isinstance(caught.value, BrokenImage)  # which a run would skip
+    assert not isinstance(caught.value, BrokenImage)  # a run would skip that
 
 
-def test_pixels_are_those_of_pillow_however_many_rows_there_are():
+def test_pixels_converted_in_chunks_of_rows_equal_those_of_pillow():
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (600, 7, 3), np.uint8))
     for source in (picture, picture.quantize(50), picture.convert("CMYK"), picture.convert("1")):
@@ -176,7 +174,7 @@ def test_pixels_are_those_of_pillow_however_many_rows_there_are():
             np.testing.assert_array_equal(picture_array(source, mode), expected)
 
 
-def test_more_than_8_bits_are_scaled_by_the_range_of_the_format():
+def test_values_of_more_than_8_bits_are_scaled_by_the_range_of_the_format():
     def values(data):
         return decode_file(data, 1, "x").ravel()[:2].tolist()
 
@@ -192,14 +190,14 @@ def test_more_than_8_bits_are_scaled_by_the_range_of_the_format():
             values(tiff(tags, bytes(64 * item)))
 
 
-def test_rows_are_scaled_alike():
+def test_chunks_of_rows_are_scaled_alike():
     values_HW = np.arange(18_000, dtype=np.uint16).reshape(600, 30) * 3
     picture = decode_picture(encoded(Image.fromarray(values_HW), "png"), "x")
     expected = np.rint(values_HW / 65535 * 255).astype(np.uint8)
     np.testing.assert_array_equal(np.asarray(picture), expected)
 
 
-def test_a_name_that_is_no_text_can_be_told(tmp_path):
+def test_errors_about_names_that_are_not_utf8_can_be_printed(tmp_path):
     with pytest.raises(BrokenImage) as caught:
         read_file(pathlib.Path(os.fsdecode(b"\xff.png")))
     str(caught.value).encode()
@@ -207,7 +205,7 @@ def test_a_name_that_is_no_text_can_be_told(tmp_path):
 
 @pytest.mark.parametrize("smooth", [True, False])
 def test_each_flipped_bit_of_a_png_is_detected_or_changes_nothing(smooth):
-    """Pillow alone reads other pixels for some bits of a smooth image."""
+    """Pillow alone returns wrong pixels for some flipped bits of a smooth image."""
     y_HWC, x_HWC = np.mgrid[:16, :16][..., None]
     image_HWC = (y_HWC * 10 + x_HWC * 3).astype(np.uint8) if smooth else NOISE_HWC
     file = io.BytesIO()
@@ -228,7 +226,7 @@ def test_each_flipped_bit_of_a_png_is_detected_or_changes_nothing(smooth):
 NOISE_HWC = np.random.default_rng(0).integers(0, 256, (16, 16, 1), np.uint8)
 
 
-def test_pixels_are_uint8_or_floats_that_exceed_one_a_little():
+def test_pixels_are_uint8_or_floats_that_hardly_exceed_0_to_1():
     sharpened = np.array([-0.2, 0.5, 1.2], np.float32)
     for images in (np.arange(3, dtype=np.uint8), sharpened, jnp.asarray(sharpened, jnp.bfloat16)):
         image_files.check_pixels(images)

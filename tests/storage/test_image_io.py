@@ -5,14 +5,14 @@ from PIL import Image
 from varjax.storage import image_io
 
 
-def test_a_grid_reads_row_by_row():
+def test_a_grid_is_filled_row_by_row():
     images_NHWC = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(64, 1).repeat(64, 2)
-    picture_HWC = image_io.image_grid(images_NHWC)  # 3 columns, 2 rows, the last place empty
+    picture_HWC = image_io.image_grid(images_NHWC)  # 3 columns, 2 rows, the last cell empty
     assert picture_HWC[::64, ::64, 0].tolist() == [[0, 1, 2], [3, 4, 0]]
     assert image_io.image_grid(images_NHWC, columns=5)[::64, ::64, 0].tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_small_images_are_enlarged_and_set_apart():
+def test_small_images_are_enlarged_and_separated():
     picture_HWC = image_io.image_grid(np.full((1, 8, 8, 1), 255, np.uint8))
     assert np.count_nonzero(picture_HWC) == 64 * 64 and picture_HWC.shape == (65, 65, 1)
 
@@ -29,7 +29,7 @@ RAMP_HW = np.linspace(0, 255, 12, dtype=np.uint8).reshape(3, 4)
 RGB_HWC = np.stack([RAMP_HW, 255 - RAMP_HW, RAMP_HW // 2], axis=-1)
 
 
-def test_an_image_of_the_model_s_size_is_not_touched(tmp_path):
+def test_an_image_of_the_requested_size_is_unchanged(tmp_path):
     Image.fromarray(RGB_HWC).save(tmp_path / "a.png")
     assert np.array_equal(image_io.read_image(tmp_path / "a.png", (3, 4, 3)), RGB_HWC)
     Image.fromarray(RAMP_HW).save(tmp_path / "gray.png")
@@ -37,7 +37,7 @@ def test_an_image_of_the_model_s_size_is_not_touched(tmp_path):
     assert np.array_equal(gray_HWC, RAMP_HW[..., None].repeat(3, axis=-1))
 
 
-def test_every_kind_of_file_is_read_as_it_looks(tmp_path):
+def test_images_of_every_kind_are_read_as_viewers_show_them(tmp_path):
     def read(picture, name="a.png", **options):
         picture.save(tmp_path / name, **options)
         return image_io.read_image(tmp_path / name, (3, 4, 3)).astype(int)
@@ -53,11 +53,11 @@ def test_every_kind_of_file_is_read_as_it_looks(tmp_path):
     seen_HWC[0, 1] = 255
     assert np.array_equal(read(clear), seen_HWC)
     rotated, exif = plain.transpose(Image.Transpose.ROTATE_90), Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise
+    exif[0x0112] = 6  # viewers rotate it clockwise
     assert np.array_equal(read(rotated, exif=exif), RGB_HWC)
 
 
-def test_the_middle_is_taken_with_its_aspect_kept():
+def test_the_center_is_cropped_and_the_aspect_ratio_kept():
     columns_HW = np.zeros((20, 60), np.uint8)
     columns_HW[:, 20:40] = 255
     picture = Image.fromarray(columns_HW)
@@ -67,7 +67,7 @@ def test_the_middle_is_taken_with_its_aspect_kept():
     assert image_io.resize_and_crop(picture, (64, 64, 3)).shape == (64, 64, 3)
 
 
-def test_what_is_no_image_is_named(tmp_path):
+def test_files_that_are_not_images_are_named(tmp_path):
     shape = (8, 8, 3)
     (tmp_path / "text.png").write_text("not an image")
     Image.fromarray(RGB_HWC).save(tmp_path / "a.png")
@@ -87,7 +87,7 @@ def test_what_is_no_image_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_a_part_of_a_resized_image_is_the_crop_of_the_whole(mode, monkeypatch):
+def test_a_resized_part_equals_the_crop_of_the_resized_image(mode, monkeypatch):
     rng = np.random.default_rng(0)
     filters = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
     parts = []
@@ -106,7 +106,7 @@ def test_a_part_of_a_resized_image_is_the_crop_of_the_whole(mode, monkeypatch):
         if mode != "RGBA" and width >= W and height >= H:
             parts.append((picture, (width, height), box, resampling, whole))
     monkeypatch.setattr(image_io, "MAX_RESIZED_PIXELS", 0)
-    for *arguments, whole in parts:  # enlarged by parts: off by rounding at most
+    for *arguments, whole in parts:  # enlarged in two steps, they differ only by rounding
         found = np.asarray(image_io.resized_part(*arguments))
         assert found.shape == whole.shape
         off = np.abs(found.astype(int) - whole)
@@ -124,7 +124,7 @@ def test_a_thin_image_is_cropped_before_it_is_enlarged(monkeypatch):
     ramp_HW = np.linspace(0, 255, 900).astype(np.uint8)[:, None].repeat(9, axis=1)
     picture = Image.fromarray(ramp_HW)
     monkeypatch.setattr(Image.Image, "resize", resize)
-    for H, W in ((512, 512), (300, 450)):  # else 26 million pixels
+    for H, W in ((512, 512), (300, 450)):  # otherwise up to 26 million pixels
         middle_HWC = image_io.resize_and_crop(picture, (H, W, 1))
         assert max(made) <= 512 * 900
         assert 120 <= middle_HWC.min() <= middle_HWC.max() <= 135

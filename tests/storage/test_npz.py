@@ -1,4 +1,4 @@
-"""Arrays of strangers: claims are compared with the file's size before anything is allocated."""
+"""Tests that sizes stated in .npz and .npy files are checked before memory is allocated."""
 
 import errno
 import io
@@ -77,7 +77,7 @@ def archive_of(path, method=zipfile.ZIP_STORED, **members):
         "no array": (b"no array", "does not start"),
     }.values(),
 )
-def test_headers_that_do_not_fit_their_bytes_are_refused(tmp_path, content, message):
+def test_headers_that_do_not_fit_the_data_are_refused(tmp_path, content, message):
     content += bytes(9)
     archive_of(tmp_path / "x.npz", arr_0=content)
     (tmp_path / "x.npy").write_bytes(content)
@@ -90,18 +90,18 @@ def test_headers_that_do_not_fit_their_bytes_are_refused(tmp_path, content, mess
         map_npy(tmp_path / "x.npy")
 
 
-def test_a_file_that_unpacks_to_a_thousand_times_its_size_is_refused(tmp_path):
+def test_a_zip_bomb_is_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez_compressed(path, arr_0=np.zeros((1000, 64, 64, 3), np.uint8))
     with pytest.raises(InputError, match="x.npz: it unpacks from .* save it with np.savez"):
         NpzArchive(path)
-    np.savez_compressed(path, labels=np.arange(100_000) // 1000)  # sorted, but a small array
+    np.savez_compressed(path, labels=np.arange(100_000) // 1000)  # compresses well, but is small
     assert NpzArchive(path).read("labels")[-1] == 99
 
 
 @pytest.mark.parametrize("field, value", [(20, 2**31), (24, 2**20)])
-def test_sizes_that_only_the_list_of_members_claims_are_refused(tmp_path, field, value):
-    """Claimed is what is packed (20), or unpacked (24), which is then missing."""
+def test_wrong_sizes_in_the_zip_directory_are_refused(tmp_path, field, value):
+    """Changes the compressed (offset 20) or uncompressed size (24) in the zip file's directory."""
     path, shape = tmp_path / "x.npz", (2**20 - 128,)
     array = header(str(shape)).ljust(128, b" ")
     array = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + array[10:127] + b"\n"
@@ -114,7 +114,7 @@ def test_sizes_that_only_the_list_of_members_claims_are_refused(tmp_path, field,
         NpzArchive(path).read("arr_0")
 
 
-def test_a_long_list_of_members_and_equal_names_are_refused(tmp_path, monkeypatch):
+def test_long_lists_of_members_and_equal_names_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "x.npz"
     archive_of(path, a=b"", b=b"")
     path.write_bytes(path.read_bytes().replace(b"b.npy", b"a.npy"))
@@ -126,7 +126,7 @@ def test_a_long_list_of_members_and_equal_names_are_refused(tmp_path, monkeypatc
         NpzArchive(path)
 
 
-def test_a_machine_that_fails_is_no_damaged_file(tmp_path, monkeypatch):
+def test_a_failing_machine_is_not_reported_as_a_damaged_file(tmp_path, monkeypatch):
     np.savez(tmp_path / "x.npz", **ARRAYS)
 
     def fail(*_):
@@ -137,14 +137,14 @@ def test_a_machine_that_fails_is_no_damaged_file(tmp_path, monkeypatch):
         NpzArchive(tmp_path / "x.npz")
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+def test_a_pipe_is_refused_without_blocking(tmp_path):
     os.mkfifo(path := tmp_path / "x.npz")
     for read in (NpzArchive, npz.map_npy):
         with pytest.raises(InputError, match="x.npz: it is not a regular file"):
             read(path)
 
 
-def test_text_is_read_if_it_is_short():
+def test_only_short_text_is_read():
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("request.json", "{}")

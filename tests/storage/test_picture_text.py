@@ -29,7 +29,7 @@ def test_a_film_carries_text(suffix, tmp_path):
     assert read_picture_text(path) == (f"{suffix.upper()} image, 64x64 pixels, 2 frames", TEXT)
 
 
-def test_a_film_whose_later_frames_are_damaged_is_the_first_frame(tmp_path):
+def test_a_film_with_damaged_later_frames_is_read_as_its_first_frame(tmp_path):
     later = [Image.new("L", (8, 8), 9)]
     Image.new("L", (8, 8)).save(tmp_path / "a.gif", save_all=True, append_images=later)
     data = (tmp_path / "a.gif").read_bytes()
@@ -37,7 +37,7 @@ def test_a_film_whose_later_frames_are_damaged_is_the_first_frame(tmp_path):
     assert read_picture_text(tmp_path / "cut.gif")[0] == "GIF image, 8x8 pixels"
 
 
-def test_one_image_of_many_says_which_it_is():
+def test_the_text_of_one_of_many_images_has_its_number_and_label():
     text = image_text({"seed": 3}, 12, np.int64(7))
     assert (text["Image"], text["Label"], json.loads(text["Settings"])) == ("12", "7", {"seed": 3})
 

@@ -41,7 +41,7 @@ def check_arrays(read):
         np.testing.assert_array_equal(read[name], x)
 
 
-def test_the_library_reads_what_is_written(tmp_path):
+def test_the_safetensors_library_reads_written_files(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, ARRAYS, {"from": "here"})
     ours, metadata = read_safetensors(path)
@@ -51,7 +51,7 @@ def test_the_library_reads_what_is_written(tmp_path):
     assert json.loads(metadata.pop("xxh3_128")).keys() == {"__metadata__", *ARRAYS}
     assert metadata == {"from": "here"}
     check_arrays(ours)
-    # Whole lines lie on lines, so that a device on the host can use them where they are.
+    # Tensors whose size is a multiple of 64 bytes are aligned, so XLA on a CPU needs no copy.
     for name in ("large", "next"):
         assert ours[name].ctypes.data % 64 == 0 and not ours[name].flags.writeable
 
@@ -76,7 +76,7 @@ def test_each_flipped_bit_is_detected_or_changes_nothing(tmp_path):
     assert detected > 0.8 * 8 * len(content) / 61
 
 
-def test_damage_is_told_with_the_tensor_s_name(tmp_path):
+def test_damage_is_reported_with_the_name_of_the_tensor(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, ARRAYS, {})
     content = bytearray(path.read_bytes())
@@ -86,16 +86,16 @@ def test_damage_is_told_with_the_tensor_s_name(tmp_path):
         check_tensors(path, *read_safetensors(path))
 
 
-def test_what_the_library_writes_is_read(tmp_path):
+def test_files_of_the_safetensors_library_are_read(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({name: np.array(x, order="C") for name, x in ARRAYS.items()}, path)
     read, metadata = read_safetensors(path)
     check_arrays(read)
     assert metadata == {}
-    check_tensors(path, read, metadata)  # it has no checksums to compare
+    check_tensors(path, read, metadata)  # without checksums, nothing is compared
 
 
-def test_empty_files_and_types_that_the_library_cannot_give_to_numpy(tmp_path):
+def test_empty_files_and_float8_round_trip(tmp_path):
     path = tmp_path / "x"
     for tensors in (
         {},
@@ -109,16 +109,16 @@ def test_empty_files_and_types_that_the_library_cannot_give_to_numpy(tmp_path):
             assert (read[name].dtype, read[name].tobytes()) == (x.dtype, x.tobytes())
 
 
-def test_reading_leaves_the_numbers_on_the_disk(tmp_path):
+def test_reading_does_not_load_the_tensors_into_memory(tmp_path):
     path = tmp_path / "x"
     text = b'{"x":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % (2**34, 2**36)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + 2**36)  # 64 GiB, of which the disk holds one page
+        file.truncate(8 + len(text) + 2**36)  # a sparse file of 64 GiB
     assert read_safetensors(path)[0]["x"][-3:].tolist() == [0, 0, 0]
 
 
-def test_cut_files_are_refused(tmp_path):
+def test_truncated_files_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, ARRAYS, {})
     content = path.read_bytes()
@@ -142,7 +142,7 @@ def with_header(path, header: bytes, size=16):
         b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,12]}}',
         b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
         b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}',  # a gap
-        b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',  # a rest
+        b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',  # unused bytes at the end
         b'{"x":{"dtype":"F32","shape":[-3],"data_offsets":[12,0]}}',
         b'{"x":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,16]}}',
         b'{"x":{"dtype":"F32"}}',
@@ -165,13 +165,13 @@ def test_wrong_headers_are_refused(tmp_path, header):
         (f"0,{2**47},{2**47}", 0, "larger than any memory"),
     ],
 )
-def test_shapes_that_numpy_lacks_are_refused(tmp_path, shape, end, problem):
+def test_shapes_that_numpy_does_not_support_are_refused(tmp_path, shape, end, problem):
     header = f'{{"x":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,{end}]}}}}'
     with pytest.raises(InputError, match=f"x: a tensor has size .*{problem}"):
         read_safetensors(with_header(tmp_path / "x", header.encode(), end))
 
 
-def test_headers_are_bounded_and_their_errors_short(tmp_path, monkeypatch):
+def test_headers_are_limited_and_their_errors_are_short(tmp_path, monkeypatch):
     path = tmp_path / "x"
     one = '{"%s":{"dtype":"%s","shape":[4],"data_offsets":[0,16]}}'
     for name in ("x" * 600, "\\u001b[2J"):
@@ -191,13 +191,13 @@ def test_headers_are_bounded_and_their_errors_short(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, count", [("F4", 32), ("F8_E8M0", 16)])
-def test_foreign_types_are_named(tmp_path, dtype, count):
+def test_unsupported_dtypes_are_named(tmp_path, dtype, count):
     header = f'{{"x":{{"dtype":"{dtype}","shape":[{count}],"data_offsets":[0,16]}}}}'
     with pytest.raises(InputError, match=f"x: has tensors of type {dtype}; allowed: F64, F32"):
         read_safetensors(with_header(tmp_path / "x", header.encode()))
 
 
-def test_lazy_tensors_are_made_one_piece_at_a_time(tmp_path):
+def test_lazy_tensors_are_written_in_chunks(tmp_path):
     alive = []
 
     def chunks():
@@ -211,7 +211,7 @@ def test_lazy_tensors_are_made_one_piece_at_a_time(tmp_path):
     assert alive == [0, 1, 2, 0, 1, 2] and lazy.nbytes == x.nbytes
     np.testing.assert_array_equal(load_file(tmp_path / "x")["y"], x)
     np.testing.assert_array_equal(np.asarray(lazy), x)
-    with pytest.raises(AssertionError):  # fewer pieces than promised
+    with pytest.raises(AssertionError):  # fewer chunks than the shape needs
         write_safetensors(tmp_path / "x", {"x": LazyArray((4, 2), lazy.dtype, chunks)}, {})
 
 
@@ -232,7 +232,7 @@ def test_a_file_that_changes_while_its_header_is_read_is_refused(tmp_path, monke
         read_safetensors(path)
 
 
-def test_a_file_that_is_cut_while_it_is_mapped_ends_a_command_with_its_stack(tmp_path):
+def test_truncating_a_mapped_file_ends_the_command_with_a_stack_trace(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"a": np.zeros(10**6)}, {})
     code = f"""

@@ -19,12 +19,12 @@ from varjax.storage.untrusted import (
 )
 
 
-def test_values_are_shown_short_whatever_they_are():
+def test_values_of_any_kind_are_shown_briefly():
     pairs, itself = [], []
     for _ in range(60):
         pairs = (pairs, pairs)
     itself.append(itself)
-    dense = np.broadcast_to(np.float32(0), (2,) * 26)  # NumPy would print every number of it
+    dense = np.broadcast_to(np.float32(0), (2,) * 26)  # NumPy would print all of its elements
     start = time.monotonic()
     for value, text in {
         "x": "'x'",
@@ -39,13 +39,13 @@ def test_values_are_shown_short_whatever_they_are():
         b"\x1b[2J" * 50: repr(b"\x1b[2J" * 20) + " … (200 in all)",
     }.items():
         assert shown(value) == text
-    text = shown([pairs, dense, {}, itself])  # not in the assertion, which may print all of it
+    text = shown([pairs, dense, {}, itself])  # outside the assertion, which may print all of it
     assert text == "[a tuple, a ndarray, a dict, a list]"
     assert time.monotonic() - start < 1
     assert len(shown(["x" * 1000] * 1000)) < 1000
 
 
-def test_shapes_are_what_numpy_can_hold():
+def test_shapes_that_numpy_cannot_hold_are_refused():
     for shape in ((), [0, 3], (1,) * 64, (2**40, 0)):
         assert np.zeros(check_shape(shape, 4), np.float32).shape == tuple(shape)
     for shape in ((1,) * 65, ("4",), (2.0,), (-1,), (True,), (2**2000,), 3, "12", np.ones(2, int)):
@@ -57,21 +57,21 @@ def test_shapes_are_what_numpy_can_hold():
             check_shape(shape, 4)
 
 
-def test_names_fit_into_messages():
+def test_long_and_unprintable_names_are_refused():
     assert check_name("é.weight") == "é.weight"
     for name in ("x" * 513, "\x1b[2J", "a\nb", "\u202e", 3, b"x"):
         with pytest.raises(InputError, match="name"):
             check_name(name)
 
 
-def test_settings_are_of_real_sizes():
+def test_settings_of_implausible_size_are_refused():
     check_settings({"width": 1024, "scales": [1, 2], "a": {"b": None, "c": "x" * 999}}, "var")
     for bad in (2**70, -(2**21), math.inf, math.nan, [0] * 257, [[2**30]]):
         with pytest.raises(InputError, match=r"^var\.a\.b.* are allowed"):
             check_settings({"a": {"b": bad}}, "var")
 
 
-def test_long_messages_are_cut():
+def test_long_messages_are_truncated():
     assert abridged(["a", "b"]) == ["a", "b"]
     lines = abridged([str(i) for i in range(1000)])
     assert len(lines) == 51 and lines[-1] == "… and 950 more"
@@ -83,7 +83,7 @@ def test_long_messages_are_cut():
     "text", [b"\xff", "", "{", "[" * 10**6, "[" * 65 + "]" * 65, '{"a":' * 65 + "1" + "}" * 65,
              str(2**64), "-" + str(2**64), "9" * 5000]
 )  # fmt: skip
-def test_json_that_nobody_writes_is_a_value_error(text):
+def test_invalid_and_implausible_json_raises_value_error(text):
     with pytest.raises(ValueError) as caught:
         parse_json(text)
     assert len(str(caught.value)) < 200 or not text.isprintable()
@@ -96,7 +96,7 @@ def test_json_is_parsed():
 
 
 @pytest.mark.parametrize("name", ["a", "a/b", "a b", "...", ".hidden", "ä/ß", "a\\b", "c:d"])
-def test_names_of_files_below_a_folder(tmp_path, name):
+def test_names_of_files_below_a_folder_are_accepted(tmp_path, name):
     assert path_inside(tmp_path, name, "x") == tmp_path / name
 
 
@@ -110,7 +110,7 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
     assert str(caught.value).isprintable()
 
 
-def test_a_link_leads_out_of_no_folder(tmp_path):
+def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
     (inside / "out").symlink_to(tmp_path)
@@ -120,8 +120,8 @@ def test_a_link_leads_out_of_no_folder(tmp_path):
         path_inside(inside, "out/a", "x")
 
 
-def test_a_linked_file_has_the_bytes_of_what_it_names(tmp_path):
-    """As in a snapshot of the Hugging Face Hub, whose checkpoints would else look damaged."""
+def test_a_linked_file_counts_as_its_target(tmp_path):
+    """Snapshots of the Hugging Face Hub consist of links and would otherwise look damaged."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot/d").mkdir(parents=True)
     (tmp_path / "blobs/x").write_bytes(bytes(5000))
