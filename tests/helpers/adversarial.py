@@ -1,4 +1,4 @@
-"""Builds a tiny tokenizer with a discriminator, for 16x16 images, in the middle of a run."""
+"""Builds a tiny tokenizer task with a discriminator, for 16x16 images, and its training state."""
 
 import functools
 import re
@@ -26,18 +26,18 @@ TASK = VQTask(CONFIG, OPTIMIZER, l1=0.0, gan=GAN, ema_decay=0.5)
 PLAN = Plan(steps=8, batch_size=256)
 BATCH = {"image_BHWC": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)}
 KEY = jax.random.key(5)
-QUICKLY = {"xla_backend_optimization_level": 0}  # compiled in half the time
+QUICKLY = {"xla_backend_optimization_level": 0}  # halves the compilation time
 
 
 def state(task: VQTask, step: int) -> TrainState:
-    """Makes the state after `step` updates, from NumPy, because compiling `init` takes long."""
+    """Returns a state after `step` updates, filled by NumPy, because compiling `init` is slow."""
     rng = np.random.default_rng(1)
 
     def fill(path, leaf):
         last = path.rpartition("/")[2]
         if last in ("kernel", "phi_kernel", "codebook") and not re.search("/(mu|nu)/", path):
             return np.float32(rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape))
-        if path != "step" and last == "step":  # the discriminator's
+        if path != "step" and last == "step":  # the discriminator's own step
             return np.full(leaf.shape, max(step - GAN.first_step(PLAN), 0), leaf.dtype)
         return np.full(leaf.shape, step if path == "step" else last == "scale", leaf.dtype)
 
@@ -46,7 +46,7 @@ def state(task: VQTask, step: int) -> TrainState:
 
 @functools.cache
 def frozen():
-    """Makes LPIPS with a network so narrow that it compiles quickly."""
+    """Returns random weights of LPIPS, with a network narrow enough to compile quickly."""
     widths = tuple((4,) * convolutions for convolutions in (2, 2, 3, 3, 3))
     shapes = jax.eval_shape(functools.partial(init_lpips, widths=widths), KEY)
     rng = np.random.default_rng(0)

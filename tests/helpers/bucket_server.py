@@ -1,7 +1,7 @@
-"""Runs a local server with Google Cloud Storage's protocol, which keeps all objects in memory.
+"""Runs a local server that speaks Google Cloud Storage's protocol and keeps objects in memory.
 
-gcsfs finds it by STORAGE_EMULATOR_HOST, Orbax's TensorStore by TENSORSTORE_GCS_HTTP_URL. It
-implements the part of the JSON interface that these two use:
+gcsfs finds the server through STORAGE_EMULATOR_HOST, and Orbax's TensorStore through
+TENSORSTORE_GCS_HTTP_URL. The server implements the part of the JSON API that these two use:
 https://cloud.google.com/storage/docs/json_api.
 
 python -m tests.helpers.bucket_server PORT
@@ -46,7 +46,7 @@ def running() -> Iterator[dict[str, str]]:
         yield {
             "STORAGE_EMULATOR_HOST": address,
             "TENSORSTORE_GCS_HTTP_URL": address,
-            # otherwise gcsfs asks Google for the kind of bucket
+            # otherwise gcsfs asks Google for the bucket's type
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
     finally:
@@ -81,7 +81,7 @@ class Store:
         self.numbers, self.lock = itertools.count(1), threading.Lock()
 
     def check(self, name: str, query: dict[str, str]) -> Object | None:
-        """Returns the present object if it meets the request's preconditions."""
+        """Returns the existing object or None, if the request's preconditions hold."""
         there = self.objects.get(name)
         generation = 0 if there is None else there.generation
         if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != generation:
@@ -124,7 +124,7 @@ class Store:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each answer waits 40 ms between head and body
+    disable_nagle_algorithm = True  # otherwise each answer waits 40 ms between headers and body
     store = Store()
 
     def log_message(self, *_: Any) -> None:

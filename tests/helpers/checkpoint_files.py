@@ -1,4 +1,4 @@
-"""Makes checkpoints by hand, opcode by opcode, for tests that read them."""
+"""Builds checkpoint files opcode by opcode, for tests of their readers."""
 
 import pickle
 import zipfile
@@ -47,7 +47,7 @@ def archive(path, pickled: bytes, data=DATA, method=zipfile.ZIP_STORED, byteorde
 
 
 def legacy_file(content: bytes, keys, *storages, machine=MACHINE) -> bytes:
-    """Makes a file of PyTorch before 1.6 from opcodes (`content`) and the storages' `keys`."""
+    """Returns a file in the format before PyTorch 1.6, from opcodes and the storages' `keys`."""
     blobs = b"".join(len(x).to_bytes(8, "little") + x.tobytes() for x in storages)
     head = MAGIC + pickle.dumps(1001, 2) + pickle.dumps(machine, 2)
     return head + b"\x80\x02" + content + b"." + pickle.dumps(keys, 2) + blobs

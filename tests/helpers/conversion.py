@@ -1,4 +1,4 @@
-"""Checks `varjax convert` in tests of every kind of official weights."""
+"""Provides checks of `varjax convert` that the tests of all official weights share."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,15 +1,15 @@
-"""Damages the files of runs in many ways, and checks what is read then.
+"""Damages the files of runs in many ways, and checks that damaged data are never used.
 
 python -m tests.helpers.damage_sweep --folder=DIR [--every=97] [--processes=0] [--limit=0]
 
-`make damage` runs it. Every n-th bit of each file is flipped: of the newest checkpoint, the copy of
-frozen weights, cached latents, and parts of samples and features. Each file of the newest
-checkpoint is also removed, halved, zeroed, emptied, and swapped with that of the previous step. The
-content that is read must equal what was saved (the damage was harmless), or the damage must be
+`make damage` runs this. It flips every n-th bit in the files of the newest checkpoint, in the copy
+of frozen weights, in cached latents, and in parts of samples and features. It also removes, halves,
+zeroes and empties each file of the newest checkpoint, and replaces it by that of the previous step.
+Either the content that is read equals what was saved (the damage is harmless), or the damage is
 detected: the previous step is read, or an error names the file. With --processes=1 or 2, that many
-processes continue a run after each damage instead, and its end must be bit-identical.
+processes instead continue a run after each damage, and its final state must be bit-identical.
 
-Prints a line of JSON for each part, and exits with 1 if anything went wrong.
+Prints a line of JSON for each part, and exits with 1 if any check failed.
 """
 
 import argparse
@@ -45,7 +45,7 @@ KINDS = ("removed", "halved", "zeroed", "emptied", "swapped")
 TASK = tiny.Tiny(width=4)
 ABSTRACT = jax.eval_shape(TASK.init, jax.random.key(0))
 SAVED, STEPS = (10, 20), 30
-RUNS_TOGETHER = 20  # number of runs continued by the same processes, which need seconds to start
+RUNS_TOGETHER = 20  # runs continued by the same processes, which take seconds to start
 
 
 def damage(file: pathlib.Path, kind: str, other: pathlib.Path | None) -> bool:
@@ -65,7 +65,7 @@ def damage(file: pathlib.Path, kind: str, other: pathlib.Path | None) -> bool:
 
 
 def flips(content: bytes, every: int, start: int) -> Iterator[bytes]:
-    """Yields a file's content with each n-th bit flipped."""
+    """Yields copies of a file's content, each with one flipped bit: every n-th bit from `start`."""
     for bit in range(start, 8 * len(content), every):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -104,7 +104,7 @@ class Report:
 
 
 def state_of(step: int):
-    """Makes a state of random numbers, different for each step."""
+    """Returns a state of random numbers that differ between steps."""
     rng = np.random.default_rng(step)
     fill = lambda x: jnp.asarray((9 * rng.standard_normal(x.shape)).astype(x.dtype))  # noqa: E731
     return jax.tree.map(fill, ABSTRACT)
@@ -116,16 +116,17 @@ def same(a, b) -> bool:
 
 
 def spread(cases: list, limit: int) -> list:
-    """Chooses `limit` cases, evenly spread over the files and the kinds of damage; all for 0."""
+    """Returns `limit` cases spread evenly over files and kinds of damage; all cases for 0."""
     if not 0 < limit < len(cases):
         return cases
     kinds = len(KINDS)
-    firsts = [i * len(cases) // limit // kinds * kinds for i in range(limit)]  # of each file
+    # The index of each chosen file's first case.
+    firsts = [i * len(cases) // limit // kinds * kinds for i in range(limit)]
     return [cases[(first + i % kinds) % len(cases)] for i, first in enumerate(firsts)]
 
 
 def sweep_checkpoint(folder: pathlib.Path, every: int, limit: int) -> bool:
-    """Flips bits in the newest of two checkpoints, and damages whole files of it."""
+    """Flips bits and damages whole files in the newest of two checkpoints."""
     good, run = folder / "good", folder / "run"
     expected = {step: state_of(step) for step in SAVED}
     with Checkpoints(good / "checkpoints") as checkpoints:
@@ -178,7 +179,7 @@ def sweep_checkpoint(folder: pathlib.Path, every: int, limit: int) -> bool:
 
 
 def paired_files(newest: pathlib.Path, older: pathlib.Path) -> dict[pathlib.Path, pathlib.Path]:
-    """Maps each file of the newest step to that of the previous one, even if names are random."""
+    """Maps each file of the newest step to its counterpart in the older one. Names may differ."""
     pairs = {}
     for folder in {path.parent for path in newest.rglob("*") if path.is_file()}:
         other = older / folder.relative_to(newest)
@@ -195,7 +196,7 @@ def paired_files(newest: pathlib.Path, older: pathlib.Path) -> dict[pathlib.Path
 
 
 def sweep_tensors(folder: pathlib.Path, every: int) -> bool:
-    """Flips bits in files that are read with `files.read_tensors`: frozen weights, and parts."""
+    """Flips bits in frozen weights, and in parts of features and samples."""
     folder.mkdir()
     report, task = Report("frozen weights and parts, bits"), FrozenTask()
     expected = frozen_weights(task, folder)["kernel"].copy()
@@ -296,14 +297,14 @@ def sweep_runs(folder: pathlib.Path, processes: int, limit: int) -> bool:
 
 
 def train_together(processes: int, jobs: list[dict]) -> str:
-    """Runs jobs of `one_of_several` in some processes; returns the output of the first one."""
+    """Runs jobs of one_of_several.py in several processes; returns the first one's output."""
     codes, said = together(processes, *jobs, deadline=180 + 30 * len(jobs))
     assert codes == [0] * processes, "\n".join(said)
     return said[0]
 
 
 def end_of(run: pathlib.Path) -> tuple | None:
-    """Returns the final result of a run as bytes; None if it did not finish."""
+    """Returns a run's final state in a comparable form; None if the run did not finish."""
     saved = SavedSteps(run / "checkpoints")
     if not saved.steps() or saved.steps()[-1] != STEPS:
         return None
@@ -334,7 +335,7 @@ def main() -> int:
     flags = parser.parse_args()
     flags.folder.mkdir(parents=True)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # reads that nothing waits for any more
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # warns of reads that nothing awaits
     read_errors.READ_PAUSES = ()
     folder = flags.folder.absolute()
     if flags.processes:

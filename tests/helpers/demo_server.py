@@ -1,8 +1,8 @@
-"""Serves the page for tests: it may reach only this machine, and writes down what it computes.
+"""Serves the demo for tests: it cannot connect to other machines, and logs what it computes.
 
 python -m tests.helpers.demo_server LOG --weights=DIR --port=PORT
 
-While there is a file LOG.slow, each part of a drawing takes two seconds longer.
+While `slow_file(LOG)` exists, each part of a drawing takes two seconds longer.
 """
 
 import pathlib
@@ -15,14 +15,14 @@ LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "")
 
 
 def forbid_other_machines(log: pathlib.Path) -> None:
-    """Refuses every connection to another machine, and writes it down."""
+    """Refuses every connection to another machine, and logs it."""
 
     def hook(event, arguments):
         if event == "socket.getaddrinfo":
             host = arguments[0]
         elif event in ("socket.connect", "socket.sendto", "socket.gethostbyname"):
             address = arguments[-1]
-            host = address[0] if isinstance(address, tuple) else None  # None: a file's socket
+            host = address[0] if isinstance(address, tuple) else None  # None: a Unix socket
         else:
             return
         host = host.decode() if isinstance(host, bytes) else host
@@ -43,7 +43,7 @@ def write(log: pathlib.Path, line: str) -> None:
 
 
 def watch_parts(log: pathlib.Path) -> None:
-    """Writes down when each part of a drawing begins, and makes it slow on demand."""
+    """Logs the start of each part of a drawing, and slows parts down on demand."""
     sample_parts = drawing.sample_parts
 
     def watched_parts(*arguments):

@@ -22,9 +22,9 @@ from varjax.training.task import Plan
 from varjax.training.train_step import SKIPPED
 from varjax.var.task import VARTask
 
-BATCH = 24  # no width of the transformer equals this or its 24 · 21 tokens
+BATCH = 24  # the transformer has no width of 24 or of 24 · 21, the tokens of a batch
 PLAN = Plan(9, BATCH)
-# An epsilon above rounding errors, because Adam turns anything above it into whole steps.
+# A large epsilon, because Adam would otherwise amplify rounding errors to full steps.
 OPTIMIZER = AdamW(base_lr=0.1, eps=1e-2)
 SMALL = tiny.Tiny(optimizer=OPTIMIZER)
 TRANSFORMER = VARTask(
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def check_kernel(shape: MeshShape) -> None:
-    """Checks that each device calls the kernel for its images and heads."""
+    """Checks that each device runs the kernel on its own images and heads."""
     q_BlAD = np.random.default_rng(0).normal(size=(8, 9, 4, 8)).astype(np.float32)
     known_BL = np.arange(9) < np.arange(1, 9)[:, None]
     attend = jax.jit(functools.partial(splash_attention, scale=0.3))
@@ -83,7 +83,7 @@ def check_kernel(shape: MeshShape) -> None:
         ]
     assert y_BlAD.addressable_shards[0].data.shape == (2, 9, 2, 8)
     close(y_BlAD, expected_BlAD)
-    with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()), "data")):  # no other axis
+    with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()), "data")):  # a single axis
         close(attend(q_BlAD, q_BlAD + 1, 2 * q_BlAD, None, known_BL), expected_BlAD)
     assert fits == [True, False, False], fits
 
@@ -107,7 +107,7 @@ def train(task, frozen, shape: MeshShape, devices=None, skip=False):
 
 
 def check_skipping(compiled, state) -> None:
-    """Checks that one number that is not finite, on one device, skips the step on all devices."""
+    """Checks that a single NaN on one device skips the step on all devices."""
     mesh, bias_C = state.step.sharding.mesh, np.array(state.params["up"]["bias"])
     bias_C[-1] = np.nan
     state.params["up"]["bias"] = jax.device_put(bias_C, state.params["up"]["bias"].sharding)
@@ -128,7 +128,7 @@ def close(a, b):
 
 
 def check_layout(shape: MeshShape, state, *path: str) -> None:
-    """Checks that parameters, average and moments are split over all devices of the axes."""
+    """Checks that parameters, EMA and Adam's moments are split over the fsdp and tensor axes."""
     for tree in (state.params, state.ema, state.opt_state[1].mu, state.opt_state[1].nu):
         for name in (*path, "kernel"):
             tree = tree[name]
@@ -136,7 +136,7 @@ def check_layout(shape: MeshShape, state, *path: str) -> None:
 
 
 def full_batch(compiled) -> set[str]:
-    """Returns the shapes of arrays on one device that hold activations of the whole batch."""
+    """Returns the shapes of per-device arrays that hold activations of the whole batch."""
     shapes = set()
     for shape in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", compiled.as_text()):
         sizes = [int(size) for size in shape.split(",")]

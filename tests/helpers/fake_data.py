@@ -1,4 +1,4 @@
-"""Makes fake images that encode their origin; some are broken."""
+"""Provides fake images that encode their index; some are broken or cannot be read."""
 
 import dataclasses
 
@@ -9,12 +9,12 @@ from varjax.data.workers import ReadOptions
 from varjax.errors import StorageError
 from varjax.storage.image_files import BrokenImage
 
-reads = []  # (data, index) of every read of this process
+reads = []  # (data, index) of every read in this process
 
 
 @dataclasses.dataclass(frozen=True)
 class FakeImages:
-    """Images whose first two pixels encode their number; augmentation draws the third pixel."""
+    """Provides images whose first two pixels encode their index; augmentation draws the third."""
 
     size: int = 100
     broken: tuple[int, ...] = ()
@@ -43,7 +43,7 @@ class FakeImages:
 
 
 def reads_of(data):
-    """Returns the indices of `data` that were read; threads of other tests may still be reading."""
+    """Returns the indices read from `data`; threads of other tests may still read other data."""
     return [index for other, index in list(reads) if other is data]
 
 
@@ -68,6 +68,6 @@ class FakeSource:
 
 
 def number_of(image_BHWC):
-    """The images' numbers."""
+    """Returns the indices that the images encode."""
     high_B, low_B = image_BHWC[:, 0, :2, 0].astype(int).T
     return 256 * high_B + low_B

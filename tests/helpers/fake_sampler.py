@@ -1,4 +1,4 @@
-"""A fake `Sampler`: each image has a single gray value, from its number."""
+"""Provides a fake `Sampler` whose images have a single gray value, determined by their index."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from varjax.var.sample import VAROptions
 
 @dataclasses.dataclass
 class FakeSampler:
-    nan: frozenset = frozenset()  # numbers of the images that are NaN
+    nan: frozenset = frozenset()  # indices of the images that are NaN
     image_shape: tuple = (8, 8, 1)
     devices: tuple = (0,)
     classes: int = 10

@@ -1,6 +1,6 @@
 """Describes commands on tiny inputs for fault_sweep.py: their arguments and expected output.
 
-Each runs in a process that is forked after all imports, but before any array is made.
+Each command runs in a process that is forked after all imports but before any array is made.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from varjax.storage import folders, read_errors
 from varjax.training.experiment import Experiment
 from varjax.var.task import VARTask
 
-# As in conftest.py. The pauses are shorter, but their number is unchanged.
+# Shorter waits, as in conftest.py, but with the usual number of pauses.
 folders.LISTING_SECONDS, read_errors.READ_PAUSES = 0.0, (0.05, 0.05, 0.05)
-for _module, _ in main.COMMANDS.values():  # before processes are forked
+for _module, _ in main.COMMANDS.values():  # imported before processes are forked
     importlib.import_module(_module)
 CLASSES, PER_CLASS = 10, {"train": 6, "val": 2}
 CONFIG = """from tests.helpers import fault_scenarios
@@ -46,7 +46,7 @@ VERSIONS = {
 
 
 def experiment(name: str) -> Experiment:
-    """Makes the config of a scenario, in the working folder of its command."""
+    """Returns the config of a scenario; its paths are relative to the command's folder."""
     data = Folder("images", size=8, channels=1)
     short = dict(batch_size=16, log_every=1, eval_every=2, save_every=2, preview_every=2)
     if name == "tiny":
@@ -70,7 +70,7 @@ def _make_images(folder: pathlib.Path) -> None:
 
 
 def make_inputs(folder: pathlib.Path, names: Set[str]) -> None:
-    """Writes the named inputs of the scenarios, and what these need."""
+    """Writes the named inputs of the scenarios, and what they depend on."""
     _make_images(folder / "images")
     (folder / "offset.txt").write_text("0.5")
     (folder / "config.py").write_text(CONFIG)

@@ -1,8 +1,8 @@
-/* Lets chosen file operations fail; preloaded by faults.py, which says how to use it.
+/* Makes selected file operations fail. faults.py preloads this library and documents its use.
  *
- * FAULT_CONTROL names a file with the struct below, shared by all processes that have it mapped, so
- * that faults can be switched on and off from outside while a program runs. FAULT_FOLDERS are
- * absolute paths, separated by ":"; only what is below one of them can fail. FAULT_LOG gets a line
+ * FAULT_CONTROL names a file that contains the struct below. All processes map this file, so faults
+ * can be switched on and off from outside while a program runs. FAULT_FOLDERS lists absolute paths,
+ * separated by ":"; only calls on these paths and below them can fail. FAULT_LOG gets a line
  * "fail CALL PATH" for each fault, and "pass CALL PATH" for each other call while `logging` is on.
  */
 #define _GNU_SOURCE
@@ -26,15 +26,15 @@ enum { WRITE, FSYNC, RENAME, OPEN, CREATE, READ, STAT, MKDIR, UNLINK };
 static const char *const NAMES[] = {"write", "fsync", "rename", "open", "create",
                                     "read",  "stat",  "mkdir",  "unlink"};
 
-struct control {           /* the order of fields is that of faults.py */
+struct control {           /* same order of fields as in faults.py */
     int32_t calls;         /* a bit for each kind of call that may fail */
     int32_t error;         /* errno */
-    int32_t first, last;   /* the calls first <= number < last fail, of those that match */
-    int32_t every;         /* and only each such one, from `first` on */
+    int32_t first, last;   /* matching calls fail if first <= number < last */
+    int32_t every;         /* of these, only every n-th, from `first` on */
     int32_t logging;
-    int32_t number;        /* of the next call that matches */
-    int32_t shortened;     /* whether the disk has taken half of a write before it was full */
-    char pattern[4000];    /* for fnmatch, of the whole path; "" for any */
+    int32_t number;        /* number of the next matching call */
+    int32_t shortened;     /* whether half of a write was accepted already (ENOSPC) */
+    char pattern[4000];    /* fnmatch pattern of the whole path; "" matches all */
 };
 
 static struct control *control;
@@ -71,7 +71,7 @@ static void note(const char *what, int call, const char *path) {
     if (log_file >= 0) syscall(SYS_write, log_file, line, length);
 }
 
-/* Returns 1 where a call on a path fails, with errno set. */
+/* Returns 1 and sets errno if a call on a path must fail. */
 static int fails(int call, const char *path) {
     if (!(control->calls >> call & 1)) return 0;
     if (*control->pattern && fnmatch(control->pattern, path, FNM_PATHNAME)) return 0;
@@ -115,7 +115,7 @@ static int on_file(int call, int file) {
     return on_path(call, AT_FDCWD, path);
 }
 
-/* A full disk takes what has room, and only the next write fails. */
+/* A full disk writes what still fits; only the next write fails. */
 static int on_write(int file, size_t *size) {
     if (!on_file(WRITE, file)) return 0;
     if (control->error != ENOSPC || *size < 2) return 1;
@@ -239,7 +239,7 @@ ssize_t preadv64v2(int file, const struct iovec *parts, int count, off64_t at, i
     return on_file(READ, file) ? -1 : syscall(SYS_preadv2, file, parts, count, at, 0, flags);
 }
 
-/* On 64-bit systems, struct stat and struct stat64 are one. */
+/* On 64-bit systems, struct stat and struct stat64 are identical. */
 int fstatat(int folder, const char *path, struct stat *found, int flags) {
     if (*path && on_path(STAT, folder, path)) return -1; /* "": the file `folder` itself */
     return syscall(SYS_newfstatat, folder, path, found, flags);

@@ -1,17 +1,17 @@
-"""Makes file operations of short commands fail one by one, and checks what follows.
+"""Makes file operations of short commands fail one by one, and checks how the commands react.
 
 python -m tests.helpers.fault_sweep --folder=DIR [--calls=write,fsync,rename,open,create,read]
     [--errors=ENOSPC,EIO,ESTALE,EMFILE] [--each=1] [--cases=N] [--minutes=M] [--seed=0] [SCENARIO …]
 
-First, the operations of each command of fault_scenarios.py are counted, by kind of call and kind of
-file. Then the command runs once for each operation and each error that the call can give: one call
-fails, or all calls of its kind from there on. The command must succeed as usual, or end with a
-message; then the same command must succeed without faults. --each=1 makes only the first call of
-each kind of file fail, --each=0 every one. --cases=N draws N cases at random; after --minutes=M no
-further case begins.
+First, the file operations of each command in fault_scenarios.py are counted, by call and kind of
+file. Then the command runs once for each operation and each error that the call can return: either
+this call fails, or all such calls from then on. The command must succeed as usual, or end with a
+message, after which the same command without faults must succeed. --each=1 makes only the first
+call on each kind of file fail, --each=0 every call. --cases=N draws N cases at random. After
+--minutes=M, no further case starts.
 
-Prints a line of JSON for each case, and a summary last. The exit code is 1 if a command hung, died,
-ended without a message, or left something that it cannot continue from.
+Prints a line of JSON for each case, and finally a summary. The exit code is 1 if a command hung,
+died, ended without a message, or left files from which it cannot continue.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tests.helpers.faults import Faults, path_pattern
 
-# Errors that the kernel's file systems, and disks behind a network, give for each call.
+# Errors that local and network file systems return for each call.
 ERRORS = {
     "write": ("ENOSPC", "EIO", "ESTALE"),
     "fsync": ("EIO", "ENOSPC"),
@@ -52,14 +52,14 @@ TIME_LIMIT = 600.0  # seconds
 WINDOW, LEAST_WORK = (
     30.0,
     0.3,
-)  # a command hangs if it uses less CPU time (s) than this in such a window (s)
+)  # seconds; a command that uses less CPU time than LEAST_WORK in a WINDOW hangs
 GOOD = ("same", "recovered")
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The call `number` on files of `pattern` fails, and, `for_good`, all of these that follow."""
+    """Describes a fault: call `number` on `pattern` fails; if `for_good`, all later ones, too."""
 
     scenario: str
     call: str
@@ -196,14 +196,14 @@ class Sweep:
                 code = error.code if isinstance(error.code, int) else 1
             except BaseException:
                 traceback.print_exc()
-            # End like any other process, with threads and atexit.
+            # End like any other process, which joins threads and runs atexit functions.
             raise EndOfChild(code)
         begin = window = time.monotonic()
         used = 0.0
         while (now := time.monotonic()) < begin + limit:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
-                with contextlib.suppress(ProcessLookupError):  # its workers
+                with contextlib.suppress(ProcessLookupError):  # kills its workers
                     os.killpg(child, signal.SIGKILL)
                 return os.waitstatus_to_exitcode(status), False
             if now > window + WINDOW:
@@ -222,7 +222,7 @@ def _cpu_seconds(group: int) -> float:
     """Returns the CPU time that the living processes of a group have used."""
     ticks = 0
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             fields = path.read_text().rpartition(")")[2].split()
             if int(fields[2]) == group:
                 ticks += int(fields[11]) + int(fields[12])
@@ -236,7 +236,7 @@ class EndOfChild(SystemExit):
 def cases_of(
     name: str, operations: list[tuple[str, str]], calls: set[str], errors: set[str], each: int
 ) -> Iterator[Case]:
-    """Lists the cases of a scenario, with `each` calls of a kind; 0 for all calls."""
+    """Yields the cases of a scenario, for at most `each` calls of a kind; 0 for all."""
     counts = collections.Counter(operations)
     for (call, pattern), count in counts.items():
         if call not in calls:
@@ -300,7 +300,7 @@ def sweep(flags: argparse.Namespace, faults: Faults) -> int:
 
 
 def main() -> int:
-    """Runs the sweep in a process that has loaded the library; returns the exit code."""
+    """Runs the sweep in a process that preloads the library; returns the exit code."""
     parser = argparse.ArgumentParser("tests.helpers.fault_sweep", description=__doc__)
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="a new one")
     parser.add_argument("--calls", default=USUAL_CALLS)

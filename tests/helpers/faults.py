@@ -1,11 +1,11 @@
-"""Makes file operations of other processes fail, by a library in C that they load first.
+"""Makes file operations of other processes fail, through a C library that they preload.
 
 faults = Faults(folder, [folder / "run"])
 process = subprocess.Popen(command, env=os.environ | faults.environment())
-faults.arm({"write"}, errno.ENOSPC)  # from now on the disk is full
-faults.disarm()                      # and now it is not
+faults.arm({"write"}, errno.ENOSPC)  # the disk is full from now on
+faults.disarm()                      # the disk has room again
 
-It reaches calls from any language, except those inside C's library (fread, fwrite) and reads
+This affects calls from any language, except those inside the C library (fread, fwrite) and reads
 through memory maps.
 """
 
@@ -21,14 +21,14 @@ CALLS = ("write", "fsync", "rename", "open", "create", "read", "stat", "mkdir", 
 SOURCE = pathlib.Path(__file__).with_name("fault_shim.c")
 COMPILER = shutil.which("cc")
 FOR_GOOD = 2**31 - 1
-# Parts of names that differ from one run to the next; "#7 (deleted)" is a file without a name.
+# Parts of names that differ between runs; "#7 (deleted)" is a file without a name.
 VOLATILE = re.compile(
     r"(?<![a-z])(?:[0-9a-f]{8,}|\d+)(?![a-z])|(?<=/tmp)[a-z0-9_]{8}|#\d+ \(deleted\)"
 )
 
 
 def path_pattern(path: str) -> str:
-    """Returns a pattern for `Faults.arm` that the same file of other runs also matches."""
+    """Returns a pattern for `Faults.arm` that matches the same file in any run."""
     return VOLATILE.sub("*", path)
 
 
@@ -46,7 +46,7 @@ class Control(ctypes.Structure):
 
 
 class Faults:
-    """Switches faults on and off, for all processes that were started with `environment`.
+    """Switches faults on and off for all processes that were started with `environment`.
 
     Args:
         folder: existing folder for the library, the control file and the log.
@@ -84,13 +84,13 @@ class Faults:
         pattern: str = "",
         every: int = 1,
     ) -> None:
-        """Makes the calls number `first` to `first + count - 1` fail, counted from 0 from now on.
+        """Makes calls `first` to `first + count - 1` fail, counted from 0, starting now.
 
         Args:
             calls: names of CALLS that are counted.
-            error: errno of the failing calls; with ENOSPC, a write first writes one half.
-            pattern: pattern of the whole paths that are counted, "*" within names; "" for all.
-            every: interval between failing calls; 3 for the first, the fourth, …
+            error: errno of the failing calls; with ENOSPC, half of a write first succeeds.
+            pattern: fnmatch pattern of the full paths to count; "*" matches no "/". "" for all.
+            every: interval between failing calls; 3 for the first, fourth, …
         """
         self.disarm()
         self._control.error, self._control.pattern = error, pattern.encode()
@@ -107,7 +107,7 @@ class Faults:
         self._control.logging = int(on)
 
     def clear_log(self) -> None:
-        self.log.write_bytes(b"")  # processes hold it open, and write to its end
+        self.log.write_bytes(b"")  # processes hold it open, and append to it
 
     def logged(self, what: str) -> list[tuple[str, str]]:
         """Returns (call, path) of calls that "fail" or "pass" since the log was cleared."""

@@ -3,15 +3,15 @@
 forked.run([sys.executable, "-m", "varjax", "sample", "--weights=runs/digits"], capture_output=True)
 
 Importing JAX, Flax, Optax, Orbax and varjax takes 1.5 s of CPU time for each process that a test
-starts. Here a server does it once, and forks for each start.
+starts. Here, a server imports them once and forks for each start.
 
-Forking is safe because the server only imports. It makes no array, so JAX has no backend and no
+Forking is safe because the server only imports. It makes no arrays, so JAX has no backend and no
 threads yet (the server checks this before each fork), and XLA reads XLA_FLAGS in the new process.
 OpenBLAS, which NumPy and SciPy load, restarts its threads after a fork. Variables that JAX reads
 when it is imported are applied again in the new process.
 
 Use subprocess where the start itself is tested: what is imported and when, LD_PRELOAD, and
-variables that this file does not apply.
+environment variables that this file does not apply.
 """
 
 import atexit
@@ -54,7 +54,7 @@ MAX_REQUEST_BYTES = 2**17
 def run(command, *, check=False, capture_output=False, timeout=None, **options):
     """Runs a command to its end, like subprocess.run.
 
-    A process that exceeds `timeout` prints its stacks before it ends, and the error contains them.
+    A process that exceeds `timeout` prints its stack traces, which the error contains.
     """
     if capture_output:
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -64,7 +64,7 @@ def run(command, *, check=False, capture_output=False, timeout=None, **options):
         try:
             output, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGABRT)  # which makes Python print its stacks
+            process.send_signal(signal.SIGABRT)  # makes Python print its stack traces
             output, errors = process.communicate(timeout=10)
             raise AssertionError(f"{command} took over {timeout} s: {output} {errors}") from None
         except BaseException:
@@ -77,11 +77,11 @@ def run(command, *, check=False, capture_output=False, timeout=None, **options):
 
 
 class Popen(subprocess.Popen):
-    """A subprocess.Popen whose process is forked by the server, and is a child of the caller."""
+    """Works like subprocess.Popen, but the server forks the process, which the caller adopts."""
 
     def _execute_child(self, *arguments):
         start = subprocess.Popen._execute_child  # pyright: ignore[reportAttributeAccessIssue]
-        if sys.platform != "linux":  # no process can adopt the server's
+        if sys.platform != "linux":  # a process can adopt the server's only on Linux
             return start(self, *arguments)
         given = inspect.signature(start).bind(self, *arguments).arguments
         request = {
@@ -102,12 +102,12 @@ class Popen(subprocess.Popen):
 
 
 def _start(request: dict, pipes: list[int]) -> int:
-    """Has the server start a process, and adopts it; returns its number."""
+    """Has the server start a process, and adopts it; returns its ID."""
     server, prctl = _server(), ctypes.CDLL(None).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     socket.send_fds(server, [json.dumps(request).encode()], pipes)
     number = int(server.recv(100))
-    prctl(PR_SET_CHILD_SUBREAPER, 0)  # orphans of other processes are not ours
+    prctl(PR_SET_CHILD_SUBREAPER, 0)  # do not adopt orphans of other processes
     return number
 
 
@@ -124,7 +124,7 @@ def _server() -> socket.socket:
 
 
 def serve(requests: socket.socket) -> dict:
-    """Forks for each request. Returns in the new processes only, with the request."""
+    """Forks for each request; returns only in the new processes, with their request."""
     while True:
         text, pipes, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 3)
         if not text:
@@ -132,8 +132,8 @@ def serve(requests: socket.socket) -> dict:
         assert not xla_bridge.backends_are_initialized()
         reader, writer = os.pipe()
         if parent := os.fork():
-            # When its parent has ended, the new process is a child of the next ancestor that
-            # adopts orphans: of the process that asked for it.
+            # Once its parent has ended, the new process becomes a child of the nearest ancestor
+            # that adopts orphans, which is the process that requested it.
             os.waitpid(parent, 0)
             requests.send(os.read(reader, 100))
             for fd in (reader, writer, *pipes):
@@ -151,7 +151,7 @@ def serve(requests: socket.socket) -> dict:
 
 
 def become(request: dict) -> None:
-    """Makes this process what `request` describes, and runs its command."""
+    """Sets up this process as `request` describes, and runs its command."""
     if request["new_session"]:
         os.setsid()
     os.chdir(request["cwd"])
@@ -163,7 +163,7 @@ def become(request: dict) -> None:
             jax.config.update(name.lower(), APPLIED[name](wanted[name]))
     if "PYTHONFAULTHANDLER" in wanted:
         faulthandler.enable()
-    # The server has none of these. Its first entry, the project's root, is replaced below.
+    # The server has no PYTHONPATH. sys.path[0], the project's root, is replaced below.
     sys.path[1:1] = [path for path in wanted.get("PYTHONPATH", "").split(os.pathsep) if path]
     _, first, *rest = request["command"]
     if first == "-m":
@@ -181,6 +181,6 @@ def become(request: dict) -> None:
 if __name__ == "__main__":
     for name in PRELOADED:
         importlib.import_module(name)
-    gc.freeze()  # no process needs to look for garbage in what was imported
+    gc.freeze()  # keeps garbage collection off what was imported
     # An exception or SystemExit ends the new process as it would end an interpreter.
     become(serve(socket.socket(fileno=int(sys.argv[1]))))

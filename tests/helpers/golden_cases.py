@@ -54,11 +54,11 @@ def outputs(name: str) -> dict[str, np.ndarray]:
 
 
 def images(name: str) -> np.ndarray:
-    """(2, R, R, 3) in [-1, 1]."""
+    """Returns the (2, R, R, 3) input images, in [-1, 1]."""
     return weights.image(name).transpose(0, 2, 3, 1)
 
 
 def strided(name: str, image_BHWC) -> np.ndarray:
-    """An image as the golden files hold it: NCHW, every s-th row and column."""
+    """Returns images in the golden files' layout: NCHW, every s-th row and column."""
     s = weights.case(name)["image_stride"]
     return np.asarray(image_BHWC).transpose(0, 3, 1, 2)[:, :, ::s, ::s]

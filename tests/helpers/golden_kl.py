@@ -29,7 +29,7 @@ def params():
 
 
 def image() -> np.ndarray:
-    """(1, 64, 64, 3) in [-1, 1]."""
+    """Returns the (1, 64, 64, 3) input image, in [-1, 1]."""
     image_BCHW = np.tanh(np.random.RandomState(4).standard_normal((1, 3, 64, 64)))
     return image_BCHW.astype(np.float32).transpose(0, 2, 3, 1)
 
@@ -42,8 +42,8 @@ def outputs() -> dict[str, np.ndarray]:
     }
 
 
-# Latent diffusion's own code at 32 channels: attention on the coarsest level of both halves (f16),
-# and in the middle blocks alone (f4).
+# Cases of latent diffusion's code at 32 channels: with attention on the coarsest level of encoder
+# and decoder (f16), and only in the middle blocks (f4).
 LAYOUTS = {
     "kl_f16_decoder_attention": KLConfig(
         (64, 48), width=32, latent_channels=8, decoder_attention=(-1,)
@@ -61,7 +61,7 @@ def layout_official(name: str) -> dict[str, np.ndarray]:
 
 
 def layout_images(name: str) -> np.ndarray:
-    """(2, H, W, 3) in [-1, 1]."""
+    """Returns (2, H, W, 3) input images, in [-1, 1]."""
     H, W, _ = LAYOUTS[name].image_shape
     image_BCHW = np.tanh(np.random.RandomState(4).standard_normal((2, 3, H, W)))
     return image_BCHW.astype(np.float32).transpose(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Installs an audit hook for reading untrusted files, which lasts until the process ends."""
+"""Installs an audit hook for reading untrusted files; it lasts until the process ends."""
 
 import os
 import pathlib
@@ -25,7 +25,7 @@ class Guard:
 
     Attributes:
         complete: whether everything that reading needs is imported, so that imports are forbidden.
-        broken: forbidden actions that were tried, even if the reader caught the exception.
+        broken: forbidden actions that were attempted, even if the reader caught the exception.
     """
 
     def __init__(self, target: pathlib.Path):

@@ -1,4 +1,4 @@
-"""Makes untrusted data that claims too much memory or time: arrays, JSON, runs, checkpoints.
+"""Makes untrusted data that demand too much memory or time: arrays, JSON, runs, checkpoints.
 
 The first part of a name is its reader, as in `hostile_files`: npz, npy, json, run, bucket, orbax.
 """
@@ -34,13 +34,13 @@ BROKEN_JSON = {
 
 
 def npy(shape: str, data: bytes = bytes(9), descr: str = "'|u1'", order: str = "False") -> bytes:
-    """Makes an .npy file with any header."""
+    """Returns an .npy file with an arbitrary header."""
     text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}}}".encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
 
 
 def arrays() -> Iterator[tuple[str, bytes]]:
-    """Makes .npy files with false headers."""
+    """Yields (name, content) of .npy files with false headers."""
     for name, shape in {
         "2_40_images": f"({2**40}, 1, 1, 3)",
         "one_wide_image": f"(1, {2**30}, {2**30}, 3)",
@@ -61,7 +61,7 @@ def arrays() -> Iterator[tuple[str, bytes]]:
 
 
 def npz_files(path: pathlib.Path) -> Iterator[str]:
-    """Writes one hostile .npz after another to `path`, and yields what each does."""
+    """Writes hostile .npz files to `path`, one after another, and yields the name of each."""
     for name, array in arrays():
         for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             with zipfile.ZipFile(path, "w", method) as file:
@@ -72,7 +72,7 @@ def npz_files(path: pathlib.Path) -> Iterator[str]:
     yield "deflated_zeros"
     content = bytearray(path.read_bytes())
     at = content.index(b"PK\x01\x02")
-    content[at + 24 : at + 28] = struct.pack("<I", 2**19)  # as if they were few
+    content[at + 24 : at + 28] = struct.pack("<I", 2**19)  # a false uncompressed size
     path.write_bytes(content)
     yield "deflated_zeros_that_claim_to_be_few"
     for name in ("mu", "sigma"):
@@ -127,7 +127,7 @@ def write_checkpoint(folder: pathlib.Path) -> None:
 
 
 def checkpoints(good: pathlib.Path, path: pathlib.Path) -> Iterator[str]:
-    """Writes one hostile checkpoint after another to `path`, and yields what each does."""
+    """Writes hostile checkpoints to `path`, one after another, and yields the name of each."""
 
     def begin() -> pathlib.Path:
         shutil.rmtree(path, ignore_errors=True)

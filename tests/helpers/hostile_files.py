@@ -72,9 +72,9 @@ def write_good(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def mutations(good: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """Damages a file: bytes changed, cut off, or moved, mostly in its first and last 8 kB.
+    """Yields `count` damaged copies of a file, with bytes changed, cut off or inserted.
 
-    Headers, pickles and lists of members are there.
+    Most damage is in the first and last 8 kB, where headers, pickles and lists of members are.
     """
     rng = np.random.default_rng(seed)
 
@@ -122,7 +122,7 @@ def write_damaged(folder: pathlib.Path, count: int) -> None:
 
 
 def state_dicts() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Returns state dicts of impossible models, or of models that take long to describe."""
+    """Yields named state dicts of impossible models, or of models that take long to describe."""
     var, vq, kl, mar = (official(config) for config in (VAR, VQ, KL, MAR))
     number, level = np.zeros(1, np.float32), np.int8(0)
     for name, levels in {
@@ -185,7 +185,7 @@ def state_dicts() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
 
 
 def headers() -> Iterator[tuple[str, bytes]]:
-    """Headers of .safetensors files, which 16 bytes of numbers follow."""
+    """Yields named headers of .safetensors files that have 16 bytes of data, or none."""
     one = '{"x":{"dtype":"F32","shape":[%s],"data_offsets":[0,%d]}}'
     long = "x" * 2**19
     for name, text in {
@@ -220,7 +220,7 @@ def headers() -> Iterator[tuple[str, bytes]]:
 
 
 def zip_files(path: pathlib.Path) -> Iterator[str]:
-    """Writes one hostile zip file after another to `path`, and yields what each does."""
+    """Writes hostile zip files to `path`, one after another, and yields the name of each."""
     good = entries(x=tensor((24,), (1,)))
     content = archive(path, good).read_bytes()
     start, end = content.index(b"PK\x01\x02"), content.rindex(b"PK\x05\x06")
@@ -258,7 +258,7 @@ def zip_files(path: pathlib.Path) -> Iterator[str]:
     yield "zeros"
     content = bytearray(path.read_bytes())
     at = content.index(b"PK\x01\x02")
-    for size in (len(good), 6, 96):  # as if each were small
+    for size in (len(good), 6, 96):  # false uncompressed sizes
         content[at + 24 : at + 28] = struct.pack("<I", size)
         at = content.find(b"PK\x01\x02", at + 4)
     path.write_bytes(content)
@@ -274,7 +274,7 @@ def zip_files(path: pathlib.Path) -> Iterator[str]:
 
 
 def legacy_files() -> Iterator[tuple[str, bytes]]:
-    """Files of PyTorch before 1.6."""
+    """Yields named files in the format before PyTorch 1.6."""
     old = stored()[:-2] + b"NtQ"
     for name, count in (("2_70", 2**70), ("2_62", 2**62), ("2_40", 2**40), ("2_1000", 2**1000)):
         huge = tensor((1,), (1,), storage=stored(count=count)[:-2] + b"NtQ")
@@ -297,7 +297,7 @@ def legacy_files() -> Iterator[tuple[str, bytes]]:
 
 
 def graphs() -> Iterator[tuple[str, bytes]]:
-    """Graphs of TensorFlow."""
+    """Yields named TensorFlow graphs."""
 
     def field(number: int, content: bytes) -> bytes:
         length, rest = b"", len(content)
@@ -325,7 +325,7 @@ def graphs() -> Iterator[tuple[str, bytes]]:
 
 
 def write_corpus(folder: pathlib.Path) -> None:
-    """Writes all hostile files; the first part of a name is the flag that takes it."""
+    """Writes all hostile files; the first part of a name is the flag that reads the file."""
     for name, content in hostile_pickles.pickles():
         archive(folder / f"var.pickle.{name}", content)
     for name, tensors in state_dicts():

@@ -1,4 +1,4 @@
-"""Makes small image files that demand much memory from their reader, or run a program."""
+"""Makes small image files that demand much memory, or make their reader run a program."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def encoded(picture: Image.Image, kind: str, **options) -> bytes:
 
 
 def png(width: int, height: int, bits: int = 8, rows: int = 8, extra: bytes = b"") -> bytes:
-    """Makes a gray PNG that claims a size but has only its first rows."""
+    """Returns a gray PNG that claims a size but contains only its first `rows` rows."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -39,7 +39,7 @@ def png(width: int, height: int, bits: int = 8, rows: int = 8, extra: bytes = b"
 
 
 def text_chunk(size: int) -> bytes:
-    """Makes a compressed text chunk of PNG that unpacks to `size` bytes."""
+    """Returns a compressed PNG text chunk that unpacks to `size` bytes."""
     data = b"x\0\0" + zlib.compress(bytes(size), 9)
     return (
         struct.pack(">I", len(data))
@@ -50,7 +50,7 @@ def text_chunk(size: int) -> bytes:
 
 
 def tiff(tags: dict[int, int], data: bytes) -> bytes:
-    """Makes a gray TIFF of one strip or tile, 8 by 8 pixels of 8 bits unless `tags` differ."""
+    """Returns a gray TIFF of one strip or tile, 8 by 8 pixels of 8 bits unless `tags` differ."""
     whole = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 277: 1} | tags
     place, length = (324, 325) if 322 in whole else (273, 279)
     whole |= {place: 8, length: len(data)}
@@ -61,7 +61,7 @@ def tiff(tags: dict[int, int], data: bytes) -> bytes:
 
 
 def images() -> Iterator[tuple[str, bytes]]:
-    """Returns hostile images, named by what they do; none of them is usable."""
+    """Yields hostile images, named by their fault; none of them is usable."""
     plain = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
     yield "postscript", POSTSCRIPT
     yield (

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from tests.helpers.checkpoint_files import entries, stored, tensor
 
-MERSENNE = 2**61 - 1  # of which all multiples have the same hash
-WIDE = tensor((2**17,), (0,))  # one number of the file, and as many as may be
+MERSENNE = 2**61 - 1  # all its multiples have the same hash
+WIDE = tensor((2**17,), (0,))  # one stored number, expanded by a stride of 0
 WIDER = tensor((2**24,), (0,))
 
 
@@ -18,17 +18,17 @@ def plain(value) -> bytes:
 
 
 def doubling(last: bytes, levels: int = 60) -> bytes:
-    """Makes a pickle with nested pairs in entry 0 of its memo, which the opcodes `last` use."""
+    """Returns a pickle whose memo entry 0, used by the opcodes `last`, is deeply nested pairs."""
     return b"\x80\x02]q\x00" + b"".join(b"(h\x00h\x00tq\x00" for _ in range(levels)) + last
 
 
 def again_and_again(function: bytes, argument: bytes, call: bytes, times: int) -> bytes:
-    """Makes a pickle of a list of calls; memo entry 1 is the function, entry 2 an argument."""
+    """Returns a pickle of a list of calls; memo entry 1 is the function, entry 2 an argument."""
     return b"\x80\x02" + function + b"q\x01" + argument + b"q\x02](" + call * times + b"e."
 
 
 def pickles() -> Iterator[tuple[str, bytes]]:
-    """Returns pickles for the zip format, named by what they do."""
+    """Yields pickles for the zip format, named by their fault."""
     rebuild = b"ctorch._utils\n_rebuild_tensor\n"
     for name, arguments in {
         "size_is_a_tensor": plain(0) + WIDE + plain((1,)),
@@ -52,14 +52,14 @@ def pickles() -> Iterator[tuple[str, bytes]]:
         yield f"{function.split()[1]}_of_a_wide_tensor", call.replace(WIDE, WIDER)
     yield "arguments_are_a_tensor", b"\x80\x02ctorch\nSize\n" + WIDE + b"R."
     yield "storage_is_a_tensor", b"\x80\x02" + WIDE + b"Q."
-    dense = tensor((2,) * 17, (0,) * 17)  # NumPy shortens no axis of it when it prints
+    dense = tensor((2,) * 17, (0,) * 17)  # with axes too short for NumPy to abbreviate
     kind = b"ctorch\nFloatStorage\n"
     rest = plain("cpu") + b"K\x01tQ."
     yield "kind_is_a_tensor", b"\x80\x02(" + dense + kind + plain("0") + rest
     yield "key_is_a_tensor", b"\x80\x02(" + plain("storage") + kind + dense + rest
     yield "tensor_among_settings", entries(x=tensor((1,), (1,)), y=b"](" + dense + b"e")
 
-    # One opcode each, for a dict of them would take as long here as where it is read.
+    # Written as opcodes, because building a dict of these keys is as slow as reading one.
     keys = [b"\x8a\x0b" + (k * MERSENNE).to_bytes(11, "little") for k in range(20000)]
     yield "equal_hashes", b"\x80\x02}(" + b"".join(k + b"N" for k in keys) + b"u."
     yield "equal_hashes_in_a_set", b"\x80\x04\x8f(" + b"".join(keys) + b"\x90."

@@ -41,7 +41,7 @@ from varjax.storage.image_io import read_image
 from varjax.storage.npz import NpzArchive, map_npy
 from varjax.storage.untrusted import MAX_PIXELS, bytes_on_disk
 
-ROOM, RATIO = 2**27, 16  # bytes that reading may take, and for each byte of the file
+ROOM, RATIO = 2**27, 16  # bytes of memory for reading: in any case, and per byte of the file
 DATA = {"npz", "npy", "json", "run", "bucket", "orbax"}
 OPTIONS = {
     "var": dict(),
@@ -90,7 +90,7 @@ def read_data(kind: str, path: pathlib.Path) -> None:
 
 
 def describe(path: pathlib.Path) -> None:
-    """Does what `convert` does before it writes; reads and crops an image."""
+    """Reads a file as commands do, official weights as `convert` does before it writes."""
     flag, kind, *_ = path.name.split(".")
     if (kind := kind if flag == "good" else flag) in DATA:
         read_data(kind, path)
@@ -128,7 +128,7 @@ def main(folder: str, seconds: str = "10") -> None:
     target = tempfile.mkdtemp(prefix="varjax_hostile_")
     atexit.register(shutil.rmtree, target)
     os.environ["VARJAX_CACHE"] = target
-    Image.init()  # else Pillow imports the reader of a format when it first sees one
+    Image.init()  # otherwise Pillow imports the reader of a format on first use
     guard = Guard(pathlib.Path(target))
     signal.signal(signal.SIGALRM, stop)
     paths = pathlib.Path(folder).iterdir()
@@ -137,7 +137,7 @@ def main(folder: str, seconds: str = "10") -> None:
         if not path.name.startswith("good."):
             guard.complete = True
             room = memory_used() + ROOM + RATIO * bytes_on_disk(path)
-            if path.name.startswith("image."):  # an image of 8192x8192 may have any file
+            if path.name.startswith("image."):  # any file may be an image of 8192x8192
                 room += DECODING_BYTES * MAX_PIXELS
         resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
         start, outcome, message = time.monotonic(), "read", ""

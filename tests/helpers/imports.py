@@ -1,10 +1,10 @@
-"""Lists what Python code imports, for tests of what a file may need."""
+"""Lists what Python code imports, for tests that restrict imports."""
 
 import ast
 
 
 def imported_modules(text):
-    """Returns the modules that a file's text imports, inside of functions too: "a.b", ".c"."""
+    """Returns the modules that a file's text imports, like "a.b" or ".c", even in functions."""
     modules = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Provides FID's network with the golden case's random weights, as a file and converted."""
+"""Provides FID's network with the golden case's random weights, as tensors and converted."""
 
 import functools
 import pathlib

@@ -3,11 +3,11 @@
 python -m tests.helpers.kill_commands --folder=DIR [--kills=20] [--seed=0] [COMMAND …]
 
 The commands are "cache-latents", "prepare", "sample" (a folder of images), "sample_npz" and
-"evaluate" (of drawn samples), over a run of the digits that is trained first. Each is killed by
-SIGKILL, with all its worker processes, at any moment after the start of the interpreter, and
+"evaluate" (of drawn samples), with a run of the digits that is trained first. Each is killed by
+SIGKILL, with all its worker processes, at a random moment after the start of the interpreter, and
 started again. If it finishes before all kills, its output is removed and it starts over. Prints a
-line of JSON for each command. The exit code is 1 if a file differs by a bit, or a temporary file
-remains.
+line of JSON for each command. The exit code is 1 if a file is not bit-identical, or a temporary
+file remains.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Keeps buckets of both services in this process's memory, with fsspec's memory file system."""
+"""Keeps the buckets of Google and S3 in memory, with fsspec's memory file system."""
 
 import importlib
 
@@ -11,12 +11,12 @@ REGISTRY = importlib.import_module(
 
 
 class MemoryBuckets(MemoryFileSystem):
-    """All buckets of both services; records writes and reads, and fails on request."""
+    """Holds all buckets of both services; records writes and reads, and fails on request."""
 
     protocol = ("gs", "gcs", "s3")
     store, pseudo_dirs = {}, [""]
     calls: list[tuple[str, str]] = []
-    failing = ""  # the end of a name that cannot be written
+    failing = ""  # suffix of names that cannot be written
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -34,7 +34,7 @@ class MemoryBuckets(MemoryFileSystem):
 
 
 def use_memory_buckets(setitem, setattr) -> None:
-    """Replaces both services by MemoryBuckets, with functions like monkeypatch's."""
+    """Replaces both services by MemoryBuckets, with functions like those of monkeypatch."""
     for scheme in MemoryBuckets.protocol:
         setitem(REGISTRY._registry, scheme, MemoryBuckets)
     # epath caches its file systems

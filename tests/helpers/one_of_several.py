@@ -1,4 +1,4 @@
-"""Runs tiny.py in one of several processes, which may die on request: for test_processes.py.
+"""Trains tiny.py in one of several processes, with faults on request, for test_processes.py.
 
 python -m tests.helpers.one_of_several HOST:PORT COUNT NUMBER JOBS, where JOBS is a JSON list of
 {"run": directory, "settings": {...}, "die_in_save": step, "terminate_in": step,
@@ -23,7 +23,7 @@ from varjax.storage import read_errors
 from varjax.training import loop, sharding
 from varjax.training.sharding import MeshShape
 
-LAST = 1  # the process that is killed and gets the signal
+LAST = 1  # the process that is killed or gets SIGTERM
 
 
 def main(address: str, count: str, number: str, jobs: str) -> None:
@@ -51,7 +51,7 @@ def main(address: str, count: str, number: str, jobs: str) -> None:
 
 
 def inject_faults(die_in_save: int | None, terminate_in: int | None) -> None:
-    """Kills this process while it writes a step, or sends it SIGTERM in a step."""
+    """Kills this process while it saves a step, or sends it SIGTERM in a step."""
     save, take, steps = (
         ocp.CheckpointManager.save,
         sharding.Prefetcher.__next__,
@@ -59,7 +59,7 @@ def inject_faults(die_in_save: int | None, terminate_in: int | None) -> None:
     )
 
     async def save_and_die(*arguments, **options):
-        await write(*arguments, **options)  # the parameters, but nothing after them
+        await write(*arguments, **options)  # the parameters, but nothing that follows
         await asyncio.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -81,7 +81,7 @@ def inject_faults(die_in_save: int | None, terminate_in: int | None) -> None:
 
 
 def fail_in_save(step: int) -> None:
-    """Makes renaming the directory of a step fail in the first process, which does it."""
+    """Makes renaming a step's directory fail in this process, the first, which renames it."""
     rename = os.rename
 
     def refuse(source, target):

@@ -1,4 +1,4 @@
-"""Paths of the project's files, for tests."""
+"""Defines paths of the project, for tests."""
 
 import pathlib
 

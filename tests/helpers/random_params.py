@@ -1,4 +1,4 @@
-"""Parameters as if trained, for tests that need neither a training run nor an initialization."""
+"""Draws parameters for tests that need neither a training run nor an initialization."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from varjax.trees import PyTree
 
 
 def random_params(init: Callable[[jax.Array], PyTree], std: float = 0.1) -> PyTree:
-    """Draws parameters of which none is 0, by NumPy: so no program is compiled.
+    """Draws nonzero parameters with NumPy, so that no program is compiled.
 
     Args:
         init: function of a random key that returns parameters; only their shapes matter.

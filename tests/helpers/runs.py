@@ -43,7 +43,7 @@ MAR_SAMPLING = MAROptions(guidance=1.5, steps=2, diffusion_steps="3", clip_denoi
 
 @functools.cache
 def root() -> pathlib.Path:
-    """Returns their folder, which all processes of a test session use."""
+    """Returns the folder of the runs, which all processes of a test session share."""
     return pathlib.Path(os.environ.get("VARJAX_TEST_RUNS") or tempfile.mkdtemp(prefix="runs_"))
 
 
@@ -105,7 +105,7 @@ def _write_random(name, models, sampling) -> pathlib.Path:
             part: (config, trees.paths(random_params(config.init)))
             for part, config in models.items()
         }
-        # Another process may have written it; only what names its sources is replaced.
+        # Another process may have written it; only a folder that names its sources is replaced.
         write_converted(folder, leaves, {"drawn": "at random"}, sampling)
     return folder
 

@@ -15,16 +15,16 @@ from tests.helpers.paths import ROOT
 
 
 def together(count: int, *jobs: dict, deadline: float = 300) -> tuple[list[int | None], list[str]]:
-    """Returns exit codes and output of so many processes that do these jobs together.
+    """Runs jobs in several processes together; returns their exit codes and output.
 
-    Nobody may outlive the first to end by more than 10 s, whatever it died of. A process that does
-    tells where it hangs (SIGABRT makes Python print its stacks), and so does each if none ends.
+    No process may outlive the first one to end by more than 10 s. A process that does gets SIGABRT,
+    which makes Python print its stack traces; if none ends before the deadline, all get it.
 
     Args:
         count: number of processes.
-        jobs: what one_of_several.py does, in order.
-        deadline: seconds until the first must have ended. Two runs take 20 on two free cores, but
-            machines are shared.
+        jobs: jobs of one_of_several.py, in order.
+        deadline: seconds until the first process must have ended. Two runs take 20 s on two idle
+            cores, but machines are shared.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -58,7 +58,7 @@ def together(count: int, *jobs: dict, deadline: float = 300) -> tuple[list[int |
 
 
 def _wait(enough: Callable[[Iterable[bool]], bool], processes: list, seconds: float) -> None:
-    """Waits until any process has ended, or all have, but no longer than so many seconds."""
+    """Waits at most `seconds` until any or all of the processes have ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not enough(
         process.poll() is not None for process in processes

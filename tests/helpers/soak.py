@@ -1,13 +1,13 @@
-"""Disturbs a run of the digits in many ways, and compares its end with an undisturbed run.
+"""Disturbs a run of the digits in many ways, and compares its end with an undisturbed run's.
 
 python -m tests.helpers.soak --folder=DIR [--events=50] [--processes=1] [--kills_only] [--seed=0]
 
-`make soak` runs it. An event may occur at any moment after the start of the interpreter:
+`make soak` runs this. An event may occur at any moment after the start of the interpreter:
 
 kill       SIGKILL of one process or of all; a surviving process must end without help
 pause      SIGSTOP of one process, for 5 seconds
 full       no process can make a file longer, as on a full disk, until the run has ended by itself
-full_once  nothing can be written to the run's folder for 20 seconds, as on a disk that is full
+full_once  nothing can be written to the run's folder for 20 seconds, as on a full disk
 eio        some of the next file operations in the run's folder fail with EIO, once
 read_only  nothing can be written to <run>/checkpoints, until the run has ended by itself
 
@@ -15,7 +15,7 @@ After "pause", "full_once" and "eio" the run must take further steps, or end by 
 message. "full_once" and "eio" need a C compiler.
 
 The last line is a report. The exit code is 1 if more was lost than the steps since the last save,
-if a process ended in another way than it must, or if the final states differ by a bit.
+if a process ended in an unexpected way, or if the final states are not bit-identical.
 """
 
 import argparse
@@ -45,22 +45,22 @@ from varjax.training.goodput import PREFIX, STEPS_LOST
 
 SMALL = {"task.model.depth": 2, "task.model.width": 64, "task.tokenizer_weights": "tokenizer"}
 OFTEN = {"save_every": 5, "eval_every": 50, "preview_every": 200, "log_every": 1}
-SURVIVORS_END = 60  # seconds: twice the heartbeat after which they take a process for dead
+SURVIVORS_END = 60  # seconds: twice the heartbeat timeout of a dead process
 PAUSE = 5.0  # seconds
-CONNECTED = "[Gloo]"  # begins a line of the log once all processes have found one another
+CONNECTED = "[Gloo]"  # starts a line of the log once all processes are connected
 FAILURE_SEEN = 180  # seconds until a run that cannot write must have ended
-# Without this, root may write to read-only folders.
+# Dropped, because with these capabilities root may write to read-only folders.
 RIGHTS = "-dac_override,-dac_read_search"
 OBEYING = ["setpriv", f"--inh-caps={RIGHTS}", f"--bounding-set={RIGHTS}"] * (os.geteuid() == 0)
-# Fraction of the time after imports; with an end every few seconds, most of it is starting.
+# Fraction of the time after imports; a run that ends every few seconds spends most on starting.
 MIN_GOODPUT = 0.03
 MISCOUNTED = (
-    1  # steps at most per start: it may be killed while it writes a line, or between read and write
+    1  # step at most per start, which may be killed within a write, or between read and write
 )
 FULL_SECONDS = 20.0
 FAILING_CALLS = 30  # limit on the calls that fail in one "eio"
 # Occurs twice in the traceback of each array that TensorStore is still writing when another one
-# fails. Threads print these tracebacks into one another, so only the words can be counted.
+# fails. Threads interleave these tracebacks, so only occurrences of the words can be counted.
 TENSORSTORE_NOISE = "Event loop is closed"
 PASSING = ("pause", "full_once", "eio")
 EVENT_WEIGHTS = {"kill": 7, "pause": 1, "full": 1, "read_only": 1, "full_once": 1, "eio": 2}
@@ -95,7 +95,7 @@ class Run:
                 address = f"--coordinator=localhost:{free.getsockname()[1]}"
             flags = [address, f"--processes={self._processes}"]
             commands = [[*self._command, *flags, f"--process={i}"] for i in range(self._processes)]
-        # Through a pipe, because a limit on the size of files would also apply to the log.
+        # Through a pipe, because the limit on file sizes would also apply to the log.
         with open(self.log, "w") as log:
             self.logger = logger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
         assert logger.stdin is not None
@@ -110,7 +110,7 @@ class Run:
                 raise SystemExit(f"exit code {code}:\n{self.log.read_text()}")
 
     def reached(self) -> int:
-        """The last step that was logged."""
+        """Returns the last logged step."""
         path = self.path / "metrics.jsonl"
         steps = re.findall(r'^{"step": (\d+),', path.read_text() if path.is_file() else "", re.M)
         return int(steps[-1]) if steps else 0
@@ -126,7 +126,7 @@ class Run:
         return int(match[1]) if match else None
 
     def goodput(self) -> dict[str, float]:
-        """Returns the sums over all starts, from the last line that has them."""
+        """Returns the goodput metrics over all starts, from the last line that has them."""
         entries = [json.loads(x) for x in (self.path / "metrics.jsonl").read_text().splitlines()]
         last = next(line for line in reversed(entries) if PREFIX + "fraction" in line)
         return {name: x for name, x in last.items() if name.startswith(PREFIX)}
@@ -150,7 +150,7 @@ def read_arrays(path: pathlib.Path) -> dict:
 
 
 class Events:
-    """Disturbs a run, and notes every failure."""
+    """Disturbs a run, and records every failure."""
 
     def __init__(self, run: Run, seed: int, kinds: dict[str, int], startup: float):
         self.run, self.rng, self.kinds = run, random.Random(seed), kinds
@@ -182,7 +182,7 @@ class Events:
             if any(process.poll() not in (None, 0, 1) for process in alive):
                 codes = [process.poll() for process in alive]
                 self.failures.append(f"{kind}: exit codes {codes}: {self.run.log.read_text()}")
-        codes = [process.wait() for process in alive]  # after a pause it continues to its end
+        codes = [process.wait() for process in alive]  # after a pause, the run continues to its end
         self.run.logger.wait()
         if self.run.continued_from() not in (None, saved):
             continued = self.run.continued_from()
@@ -190,7 +190,7 @@ class Events:
         self.count_steps_again(reached)
         self.lost.append(self.run.reached() - self.run.saved())
         self.in_save += any(self.run.path.glob("*/*.orbax-checkpoint-tmp*"))
-        # Processes that lose another one print where they were.
+        # Processes that lose another one print tracebacks, so only single processes are checked.
         text = self.run.log.read_text()
         if len(alive) == 1 and 2 * text.count("Traceback") > text.count(TENSORSTORE_NOISE):
             self.failures.append(f"exit codes {codes}: {text[-3000:]}")
@@ -204,8 +204,8 @@ class Events:
         chosen = alive if self.rng.random() < 0.3 else [self.rng.choice(alive)]
         for process in chosen:
             process.kill()
-        # A process waits five minutes for the others to connect, as slow machines need;
-        # launchers end it earlier (srun --kill-on-bad-exit).
+        # A process waits five minutes for the others to connect, because slow machines need it.
+        # Launchers end it earlier (srun --kill-on-bad-exit).
         if len(alive) > 1 and CONNECTED not in self.run.log.read_text():
             for process in alive:
                 process.kill()
@@ -233,7 +233,7 @@ class Events:
         self.run.faults.arm(calls, errno.EIO, count=count, every=every)
 
     def _expect_progress(self, alive: list[subprocess.Popen], kind: str) -> None:
-        """Notes a failure if a run neither ends nor takes further steps."""
+        """Records a failure if a run neither ends nor takes further steps."""
         reached, until = self.run.reached(), time.monotonic() + FAILURE_SEEN
         while time.monotonic() < until:
             if any(process.poll() is not None for process in alive):
@@ -290,7 +290,7 @@ def soak_run(
     goodput = disturbed.run.goodput()
     if (productive := goodput[PREFIX + "fraction"]) < MIN_GOODPUT:
         disturbed.failures.append(f"only {productive:.0%} of the time was productive: {goodput}")
-    # Compare the run's own count with what was seen from outside.
+    # Compare the run's own count with the count from outside.
     again, counted = disturbed.steps_again, goodput[STEPS_LOST]
     if abs(again - counted) > MISCOUNTED * (len(disturbed.lost) + 1):
         disturbed.failures.append(f"took {again} steps again, but counted {counted:g} as lost")

@@ -12,9 +12,9 @@ def tiles(
     images: int,
     columns: int | None = None,
 ) -> list[np.ndarray]:
-    """Returns the images of a picture that has these captions, each pixel once.
+    """Returns the images of a grid with these captions, without their enlargement.
 
-    Another picture of this size can be taken for it; so tests compare the pixels.
+    Only the size of the grid is checked, so tests must compare the pixels.
     """
     layout = grid_layout(images, shape, captions, columns or images)
     assert picture_HWC.shape[:2] == layout.size, (picture_HWC.shape, layout)

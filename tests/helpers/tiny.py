@@ -1,4 +1,4 @@
-"""Defines a minimal task: a two-layer classifier of digits, with dropout and an average."""
+"""Defines a minimal task: a two-layer classifier of digits, with dropout and EMA."""
 
 import dataclasses
 import json
@@ -29,8 +29,8 @@ class Tiny:
     ema_warmup: bool = False
     accumulate: int = 1
     optimizer: AdamW = AdamW(base_lr=0.1)
-    explode_at: int = -1  # the first step that gives NaN
-    explode_steps: int = 1  # number of these steps
+    explode_at: int = -1  # the first step with NaN gradients
+    explode_steps: int = 1  # number of such steps
     offset_file: str = ""  # a file with a number: the "pretrained weight"
 
     def check(self, image_shape, classes):
@@ -105,12 +105,12 @@ class Tiny:
         return {"inputs": batch["image_BHWC"][:5].astype(jnp.float32) / 255}
 
     def sampler(self):
-        """Draws images of noise, whose brightness is a parameter, with white rows by label."""
+        """Returns a sampler of noise, scaled by a parameter, with white rows for the label."""
 
         def draw(params, frozen, label_B, key_B):
             noise_BHWC = jax.vmap(lambda key: jax.random.uniform(key, (8, 8, 1)))(key_B)
             dark_BHWC = noise_BHWC * jax.nn.sigmoid(jnp.mean(params["up"]["kernel"]))
-            # Row 0 for label 0, rows 0 and 1 for label 1, …, and of the last ones all.
+            # Row 0 for label 0, rows 0 and 1 for label 1, …; all rows for labels 7 to 9.
             white_BH = jnp.arange(8)[None] <= label_B[:, None]
             return jnp.where(white_BH[..., None, None], 1.0, dark_BHWC)
 
@@ -130,7 +130,7 @@ def _cross_entropy(logits_BV, label_B):
 
 def experiment(run_dir, **changes):
     task = Tiny(**{k: changes.pop(k) for k in list(changes) if k in Tiny.__dataclass_fields__})
-    if isinstance(fid := changes.get("fid"), dict):  # in processes that get their settings as JSON
+    if isinstance(fid := changes.get("fid"), dict):  # in processes that receive settings as JSON
         changes["fid"] = FIDConfig(**fid)
     defaults = dict(steps=30, batch_size=64, log_every=5, eval_every=10, save_every=10)
     return Experiment(task, Digits(shift=1.0), str(run_dir), **(defaults | changes))
@@ -141,7 +141,7 @@ TIMING |= {"parameters", "data_wait", "data_wait_fraction", "memory_gb", "memory
 
 
 def lines(run_dir):
-    """Returns metrics.jsonl without times; some lines contain only times."""
+    """Returns metrics.jsonl without timings and without lines that contain only timings."""
     text = (as_path(run_dir) / "metrics.jsonl").read_text()
     parsed = [json.loads(line) for line in text.splitlines()]
     timeless = [
@@ -152,7 +152,7 @@ def lines(run_dir):
 
 
 def weights(run_dir, ema=False, kind="checkpoints"):
-    """Returns the step, and the parameters or their average, of the newest checkpoint of a kind."""
+    """Returns the step and the parameters or EMA of the newest checkpoint of a kind."""
     saved = SavedSteps(as_path(run_dir) / kind)
     step = saved.steps()[-1]
     return step, saved.params(step, ema)

@@ -1,4 +1,4 @@
-"""Fake devices of clusters, with what is needed to lay out a mesh."""
+"""Provides fake devices of clusters, with the attributes that a mesh layout needs."""
 
 import dataclasses
 import itertools
@@ -17,9 +17,13 @@ class Device:
 
 
 def tpu_slices(kind: str, chips: tuple[int, int, int], host: tuple[int, int, int], slices: int = 1):
-    """Makes TPU chips, one device each, as JAX lists them: host by host.
+    """Returns TPU chips, one device each, host by host as JAX lists them.
 
-    chips: sides of one slice. host: sides of the block of chips of one process.
+    Args:
+        kind: device kind.
+        chips: sides of one slice, in chips.
+        host: sides of the block of chips that belongs to one process.
+        slices: number of slices.
     """
     blocks = [range(0, side, step) for side, step in zip(chips, host, strict=True)]
     devices = []
@@ -33,7 +37,7 @@ def tpu_slices(kind: str, chips: tuple[int, int, int], host: tuple[int, int, int
 
 
 def gpus(processes: int, a_machine: int = 8):
-    """Makes GPUs with one process each, as Slurm starts them."""
+    """Returns GPUs with one process each, as Slurm starts them."""
     kind = "NVIDIA H100 80GB HBM3"
     return [Device(i, i, i // a_machine, "gpu", kind) for i in range(processes)]
 
