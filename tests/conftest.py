@@ -1,4 +1,4 @@
-"""Strictness for all tests (no silent promotion of dtypes or ranks), and flags that save time."""
+"""Sets up all tests: strict promotion of dtypes and ranks, fast compilation, and fixtures."""
 
 import gc
 import os
@@ -18,11 +18,11 @@ from varjax.training import loop
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tests spend their time on compiling programs that run for milliseconds, so XLA optimizes little,
-# generates the code of a program in one piece, fuses by its older emitters, and leaves large sums
-# as they are instead of making trees of small ones, each with code of its own: half of the time. It
-# reads the flags when the first array is made, and the processes that tests start inherit them. A
-# flag that it does not know kills it, and newer releases no longer know the last two.
+# Tests spend their time on compiling programs that run for milliseconds. These flags halve this
+# time: XLA optimizes little, generates each program's code in one piece, uses its older fusion
+# emitters, and does not split large sums into trees of small ones, which need code each. XLA reads
+# the flags when the first array is made, and processes started by tests inherit them. An unknown
+# flag kills the process, and newer releases no longer know the last two.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_disable_hlo_passes=tree_reduction_rewriter"
@@ -31,40 +31,40 @@ os.environ["XLA_FLAGS"] = (
 )
 
 
-# Python looks for garbage after every 700 new objects, but tracing makes millions of objects that
-# stay: with that setting, the search takes a tenth of the time.
+# By default, Python collects garbage after every 700 new objects. Tracing makes millions of objects
+# that are kept, so this would take a tenth of the time.
 gc.set_threshold(100_000)
 
-# Tests that a shell starts in the background ignore Ctrl-C, and so would the processes that they
-# start in order to interrupt them.
+# Tests that a shell starts in the background ignore SIGINT. Processes that tests start and then
+# interrupt would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No test's files are behind a network, which would have to be waited for.
+# Tests use local files, so they need not wait for a network file system.
 folders.LISTING_SECONDS, read_errors.READ_PAUSES = 0.0, (0.0,)
 
 MAX_PROGRAM_BYTES = 2 * 1024**3
 
 
 def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # of one process, or of the one that starts the others
+    if not hasattr(config, "workerinput"):  # not in the workers of pytest-xdist
         os.environ["VARJAX_TEST_RUNS"] = tempfile.mkdtemp(prefix="varjax_runs_")
         os.environ["VARJAX_CACHE"] = os.environ["VARJAX_TEST_RUNS"] + "/cache"
         os.environ["VARJAX_TEST_PROGRAMS"] = str(_folder_of_programs(config))
-    # Many tests compile the same small programs, each through functions that it makes itself. JAX
-    # knows them again by their text, whichever process compiled them first; processes that tests
-    # start have the cache of a user instead, so that their file operations are a user's, too.
+    # Many tests compile the same small programs, each from different functions. JAX's cache
+    # recognizes programs by their text, whichever process compiled them first. Processes started by
+    # tests use VARJAX_CACHE instead, so that their file operations are those of a user's process.
     jax.config.update("jax_compilation_cache_dir", os.environ["VARJAX_TEST_PROGRAMS"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _folder_of_programs(config):
-    """Returns the folder of compiled programs, which the next sessions find there too."""
+    """Returns the folder of compiled programs, which later sessions reuse."""
     if not hasattr(config, "cache"):  # pytest -p no:cacheprovider
         return pathlib.Path(os.environ["VARJAX_TEST_RUNS"]) / "programs"
     folder = config.cache.mkdir("programs")
     if sum(file.stat().st_size for file in folder.iterdir()) > MAX_PROGRAM_BYTES:
-        shutil.rmtree(folder)  # most are programs of code that has changed since
+        shutil.rmtree(folder)  # most programs are of code that has changed since
     return folder
 
 
@@ -80,7 +80,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Puts files with slow tests first, or shuffles if --shuffle is given.
 
-    Last, a long file would keep one process busy while the others have nothing left to do.
+    A slow file that starts last would keep one process busy while the others are idle.
     """
     if (seed := config.getoption("shuffle")) is not None:
         rng = random.Random(seed)
@@ -93,13 +93,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
-    """Runs each test in an empty folder, so that files with relative names do not remain."""
+    """Runs each test in an empty folder, so that files at relative paths do not remain."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """Returns (directory, metrics) of a tiny, uninterrupted run, made once."""
+    """Returns (directory, metrics) of a tiny, uninterrupted run, which is trained once."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     metrics = loop.train(tiny.experiment(run_dir, keep_best="eval/loss", preview_every=20))
     return run_dir, metrics

@@ -1,4 +1,4 @@
-"""A toy family, added as docs/add_a_family.md says, and what it then can."""
+"""Tests a toy family that is added by the steps in docs/add_a_family.md."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ from varjax.training.train_step import accumulated_gradients, apply_gradients, c
 from varjax.weight_files import convert_run
 
 
-# 1. The model: how often each token occurs at each place, for each class.
+# 1. The model: a histogram of tokens, as logits, for each class and position.
 @dataclasses.dataclass(frozen=True)
 class HistogramConfig:
     classes: int
@@ -43,7 +43,7 @@ class HistogramConfig:
         return {"histogram": {"kernel": 0.01 * jax.random.normal(key, shape)}}
 
 
-# 2. The sampler, with options of its own.
+# 2. The sampler and its options.
 @dataclasses.dataclass(frozen=True)
 class HistogramOptions:
     temperature: float = dataclasses.field(default=1.0, metadata={"help": "0 is greedy"})
@@ -137,13 +137,13 @@ class HistogramTask:
         return None
 
 
-# 4. Its line in the table.
+# 4. Its line in the table of families.
 HISTOGRAM: Any = models.Family(
     "histogram", "HistogramTask", HistogramConfig, HistogramOptions, HistogramPipeline
 )
 
 
-# 5. Its name map, with an option of its own for what the tensors do not say.
+# 5. Its name map, with an option for what the tensors do not reveal.
 @dataclasses.dataclass(frozen=True)
 class HistogramConvertOptions:
     null_classes: int = option(1, "rows of the histogram that belong to no class", int)
@@ -184,7 +184,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_it_trains_loads_samples_and_is_exported(run, tmp_path):
+def test_the_family_trains_loads_samples_and_converts(run, tmp_path):
     assert run.loss < 0.9 * np.log(runs.TOKENIZER.vocab)
     model = varjax.load(run.dir)
     images_BHWC = np.asarray(model.sample([3, 1, 4], seed=5))
@@ -197,7 +197,7 @@ def test_it_trains_loads_samples_and_is_exported(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_knows_its_options_and_writes_every_output(run, tmp_path, capsys):
+def test_the_sample_command_takes_its_options_and_writes_every_output(run, tmp_path, capsys):
     asked = [f"--weights={run.dir}", "--labels=0,1", "--count=3", "--temperature=0.5"]
     assert command.main([*asked, f"--out={tmp_path / 'grid.png'}"]) == 0
     with Image.open(tmp_path / "grid.png") as grid:
@@ -208,7 +208,7 @@ def test_the_command_line_knows_its_options_and_writes_every_output(run, tmp_pat
     assert "top_k" in capsys.readouterr().err
 
 
-def test_official_weights_are_converted_by_its_flags(tmp_path, capsys):
+def test_the_convert_command_takes_its_flags(tmp_path, capsys):
     kernel = np.random.default_rng(0).normal(size=(11, 30, 16)).astype(np.float32)
     save_file({"histogram.weight": kernel}, tmp_path / "official.safetensors")
     out = tmp_path / "out"
@@ -218,7 +218,7 @@ def test_official_weights_are_converted_by_its_flags(tmp_path, capsys):
     assert (config, options) == (HistogramConfig(10, 30, 16), HistogramOptions())
     np.testing.assert_array_equal(params["histogram"]["kernel"], kernel)
     assert json.loads((out / "config.json").read_text())["convert_options"] == {}
-    # The option reaches `infer`: with two rows of no class, the model has one row too few.
+    # The option reaches `infer`: with two null classes, the model expects one row too few.
     assert convert_command.main([*flags, "--null_classes=2"]) == 1
     assert "misshapen: histogram.weight is (11, 30, 16), expected (10, 30, 16)" in (
         capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The large recipes, as far as they can be looked at without their machines."""
+"""Tests the shipped configs: their values, arguments, and the shapes of a training step."""
 
 import argparse
 import copy
@@ -59,7 +59,7 @@ def load(name):
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_recipes_are_the_official_ones(name):
+def test_var_recipes_match_the_official_ones(name):
     e, (batch, epochs, lr, gate, end, decay, drop, millions) = load(name), OFFICIAL[name]
     e.check()
     assert (e.batch_size, e.epochs) == (batch, epochs)
@@ -82,7 +82,7 @@ def test_recipes_are_the_official_ones(name):
 
 
 @pytest.mark.parametrize("size", CCA)
-def test_cca_fine_tunes_as_its_authors_did(size):
+def test_cca_recipes_match_the_official_ones(size):
     e, pretraining = load(f"var_cca.py:{size}"), load(f"var.py:{size}")
     e.check()
     task, found = e.task, e.task.optimizer
@@ -100,7 +100,7 @@ def test_cca_fine_tunes_as_its_authors_did(size):
     assert not task.ema_decay and not task.label_smoothing
 
 
-def test_cca_takes_model_copy_and_tokenizer_from_one_place():
+def test_cca_takes_model_reference_and_tokenizer_from_one_run():
     for arg, start in (("d16", "var_d16"), ("d20,from=runs/a,data=random", "runs/a")):
         e = load(f"var_cca.py:{arg}")
         assert {e.init_from, e.task.cca.reference, e.task.tokenizer_weights} == {start}
@@ -116,7 +116,7 @@ def test_cca_takes_model_copy_and_tokenizer_from_one_place():
 @pytest.mark.parametrize(
     "name", ["var.py:d16,data=random", "var.py:d36,data=random", "var_cca.py:d20,data=random"]
 )
-def test_a_step_of_full_size_changes_no_shape(name):
+def test_a_full_size_var_step_keeps_all_shapes(name):
     e = load(name)
     e.task.check(e.data.image_shape, e.data.classes)
     key = jax.random.key(0)
@@ -136,7 +136,7 @@ def test_a_step_of_full_size_changes_no_shape(name):
 @pytest.mark.parametrize(
     "name", ["tokenizer.py:256,data=random", "tokenizer.py:512,no_lpips,data=random"]
 )
-def test_a_step_of_the_full_tokenizer_changes_no_shape(name):
+def test_a_full_size_tokenizer_step_keeps_all_shapes(name):
     e = load(name)
     e.check()
     e.task.check(e.data.image_shape, e.data.classes)
@@ -155,7 +155,7 @@ def test_a_step_of_the_full_tokenizer_changes_no_shape(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arg, h", [("256", 16), ("512,no_lpips", 32)])
-def test_a_step_of_the_full_kl_tokenizer_changes_no_shape(arg, h):
+def test_a_full_size_kl_tokenizer_step_keeps_all_shapes(arg, h):
     e = load(f"kl_tokenizer.py:{arg},data=random")
     e.check()
     e.task.check(e.data.image_shape, e.data.classes)
@@ -163,7 +163,7 @@ def test_a_step_of_the_full_kl_tokenizer_changes_no_shape(arg, h):
     key = jax.random.key(0)
     state = jax.eval_shape(e.task.init, key)
     sizes = [x.size for x in jax.tree.leaves(state.params)]
-    assert sum(sizes) == 66_456_019 + 1  # as released, and the latents' spread
+    assert sum(sizes) == 66_456_019 + 1  # as released, plus `latent_std`
     frozen = {"lpips": jax.eval_shape(init_lpips, key)} if e.task.perceptual else {}
     batch = e.data.make(2, seed=0).train_batch(0)
     after, metrics = jax.eval_shape(
@@ -173,7 +173,7 @@ def test_a_step_of_the_full_kl_tokenizer_changes_no_shape(arg, h):
     assert ("perceptual" in metrics) == ("no_lpips" not in arg)
 
 
-def test_the_kl_tokenizer_s_recipe_is_ldm_s():
+def test_the_kl_tokenizer_recipe_matches_latent_diffusion():
     task, plan = load("kl_tokenizer.py").task, load("kl_tokenizer.py").plan(IMAGES)
     assert (task.l1, task.l2, task.kl, task.gan.weight) == (1, 0, 1e-6, 0.5)
     np.testing.assert_allclose(task.optimizer.lr(np.array([0, 400_000]), plan), 96 * 4.5e-6)
@@ -183,7 +183,7 @@ def test_the_kl_tokenizer_s_recipe_is_ldm_s():
 @pytest.mark.parametrize(
     ("size", "guidance", "millions"), [("b", 2.9, 208), ("l", 3.0, 478), ("h", 3.2, 942)]
 )
-def test_mar_s_recipes_are_the_official_ones(size, guidance, millions):
+def test_mar_recipes_match_the_official_ones(size, guidance, millions):
     e = load(f"mar.py:{size},data=random")
     e.check()
     e.task.check(e.data.image_shape, e.data.classes)
@@ -207,7 +207,7 @@ def test_mar_s_recipes_are_the_official_ones(size, guidance, millions):
 
 
 @pytest.mark.slow
-def test_a_step_of_a_full_mar_changes_no_shape():
+def test_a_full_size_mar_step_keeps_all_shapes():
     e = load("mar.py:l,data=random")
     key = jax.random.key(0)
     state = jax.eval_shape(e.task.init, key)
@@ -222,7 +222,7 @@ def test_a_step_of_a_full_mar_changes_no_shape():
 
 @pytest.mark.parametrize("tokens", ["continuous", "codes"])
 @pytest.mark.parametrize("order", ["masked", "random", "raster"])
-def test_the_six_digits_configs_differ_in_what_they_say(order, tokens):
+def test_digits_mar_arguments_choose_order_tokens_and_run_dir(order, tokens):
     e = load(f"digits_mar.py:{order},{tokens}")
     e.check()
     e.task.check(e.data.image_shape, e.data.classes)
@@ -239,7 +239,7 @@ def test_the_six_digits_configs_differ_in_what_they_say(order, tokens):
 OTHERS = [(o, t) for o in ("masked", "random", "raster") for t in ("continuous", "codes")]
 
 
-def test_the_tokenizer_s_recipe_is_written_with_its_run_and_can_be_changed():
+def test_a_tokenizer_config_can_be_overridden_and_saved():
     e = load("tokenizer.py:no_lpips,256")
     e = config_tree.override(e, ["task.gan.start=0.5", "task.gan.optimizer.clip=3.0"])
     assert (e.task.gan.start, e.task.gan.optimizer.clip) == (0.5, 3.0)
@@ -250,7 +250,7 @@ def test_the_tokenizer_s_recipe_is_written_with_its_run_and_can_be_changed():
         config_tree.override(e, ["task.perceptual.weight=2.0"])
 
 
-def test_data_are_chosen_after_the_size():
+def test_the_data_argument_selects_the_dataset():
     data = load("var.py:d20,data=folder:/data/imagenet").data
     assert data == Folder("/data/imagenet", size=256)
     assert load("mar.py:l,data=folder:/data/imagenet").data == Folder(
@@ -278,19 +278,19 @@ def test_data_are_chosen_after_the_size():
         ("var.py:d16,data=imagenet", "data is 'imagenet'; give folder:PATH"),
     ],
 )
-def test_a_wrong_argument_is_told_what_is_allowed(name, message):
+def test_a_wrong_argument_lists_the_allowed_ones(name, message):
     with pytest.raises(ValueError, match=message):
         load(name)
 
 
-def test_digits_have_the_values_of_small_images():
-    """The digits' configs spell out every value, which must stay that of `configs/_small.py`."""
+def test_digits_configs_match_the_small_image_configs():
+    """The digits' configs spell out every value, which must equal that of `configs/_small.py`."""
     tokenizer, var = load("digits_tokenizer.py"), load("digits.py")
     assert tokenizer == small_tokenizer(tokenizer.data, tokenizer.run_dir)
     assert var == small_var(var.data, tokenizer, var.run_dir)
 
 
-def test_digits_of_mar_have_the_values_of_small_images():
+def test_digits_mar_configs_match_the_small_image_configs():
     kl = load("digits_kl_tokenizer.py")
     assert kl == small_kl_tokenizer(kl.data, kl.run_dir)
     for order in ("masked", "random", "raster"):
@@ -312,7 +312,7 @@ def test_small_configs_fit_their_data(name):
 
 @pytest.fixture
 def make_folder(tmp_path):
-    """Makes PNG files in two classes: gray ones, gray ones stored as RGB, or colored ones."""
+    """Returns a function that writes PNG files in two classes: gray, gray as RGB, or color."""
 
     def make(kind):
         rng = np.random.default_rng(0)
@@ -337,7 +337,7 @@ def make_folder(tmp_path):
         ("color", 64, 3, (1, 2, 3, 4, 6, 8)),
     ],
 )
-def test_own_small_images_need_no_config_of_their_own(make_folder, kind, size, channels, scales):
+def test_small_configs_adapt_to_a_folder_of_images(make_folder, kind, size, channels, scales):
     arg = f"{make_folder(kind)},size={size}"
     tokenizer, var = load(f"small_tokenizer.py:{arg}"), load(f"small.py:{arg}")
     for e in (tokenizer, var):
@@ -350,7 +350,7 @@ def test_own_small_images_need_no_config_of_their_own(make_folder, kind, size, c
 
 @pytest.fixture
 def fashion(tmp_path):
-    """Files like Fashion-MNIST's, with 20 images."""
+    """Writes files like Fashion-MNIST's, with 20 images in each split; returns the argument."""
     folder = tmp_path / "fashion-mnist"
     folder.mkdir()
     label_N = np.arange(20) % 10
@@ -366,7 +366,7 @@ def parameters(e):
     return sum(x.size for x in jax.tree.leaves(jax.eval_shape(e.task.init, jax.random.key(0))))
 
 
-def test_mnist_s_files_need_no_size(fashion):
+def test_mnist_files_need_no_size(fashion):
     tokenizer, var = load(f"small_tokenizer.py:{fashion}"), load(f"small.py:{fashion}")
     assert tokenizer.data.image_shape == (28, 28, 1) and var.task.model.classes == 10
     assert tokenizer.run_dir == var.task.tokenizer_weights == "runs/fashion_mnist_28_tokenizer"
@@ -380,7 +380,7 @@ def test_mnist_s_files_need_no_size(fashion):
 
 @pytest.mark.parametrize("tokens", ["continuous", "codes"])
 @pytest.mark.parametrize("order", ["masked", "random", "raster"])
-def test_the_rows_of_the_comparison_fit_small_images(fashion, order, tokens):
+def test_every_mar_order_and_token_kind_fits_small_images(fashion, order, tokens):
     e = load(f"small_mar.py:{fashion},{order},{tokens}")
     kl, vq = f"small_kl_tokenizer.py:{fashion}", f"small_tokenizer.py:{fashion},single_scale"
     tokenizer = load(kl if tokens == "continuous" else vq)
@@ -392,7 +392,7 @@ def test_the_rows_of_the_comparison_fit_small_images(fashion, order, tokens):
     assert e.task.model.causal == (order != "masked")
 
 
-def test_the_transformers_for_small_images_are_equally_large(fashion):
+def test_small_image_transformers_have_similar_parameter_counts(fashion):
     var, *others = (
         parameters(load(f"{config}:{fashion}{row}"))
         for config, row in (
@@ -404,7 +404,7 @@ def test_the_transformers_for_small_images_are_equally_large(fashion):
     assert others == pytest.approx([var] * 6, rel=0.1)
 
 
-def test_lengths_follow_from_the_number_of_images_and_the_quality():
+def test_training_steps_follow_from_image_count_and_quality():
     def steps(images, quality):
         data = Noise(28, 1, images=images)
         tokenizer = small_tokenizer(data, "tokenizer", quality)
@@ -416,7 +416,7 @@ def test_lengths_follow_from_the_number_of_images_and_the_quality():
 
 
 @pytest.mark.parametrize("quality", ["quick", "good"])
-def test_both_families_see_equally_many_small_images(quality):
+def test_var_and_mar_train_on_the_same_number_of_images(quality):
     data = Noise(28, 1, images=60_000)
     vq, kl = small_tokenizer(data, "vq", quality), small_kl_tokenizer(data, "kl", quality)
     var, mar = small_var(data, vq, "var", quality), small_mar(data, kl, "mar", "masked", quality)
@@ -424,7 +424,7 @@ def test_both_families_see_equally_many_small_images(quality):
     assert vq.steps * vq.batch_size == kl.steps * kl.batch_size
 
 
-def test_every_side_that_is_allowed_has_scales(make_folder):
+def test_every_allowed_image_size_has_scales(make_folder):
     where, allowed = make_folder("gray"), []
     for size in range(1, 70):
         try:
@@ -438,8 +438,8 @@ def test_every_side_that_is_allowed_has_scales(make_folder):
 
 
 @pytest.mark.slow
-def test_a_step_of_both_stages_on_own_images_changes_no_shape(make_folder):
-    """Two steps of the same recipe are taken for real by test_end_to_end, on the digits."""
+def test_a_small_image_step_of_both_stages_keeps_all_shapes(make_folder):
+    """Only shapes are computed here; test_end_to_end.py trains the same recipe on the digits."""
     arg = f"{make_folder('color')},size=28"
     tokenizer, var = load(f"small_tokenizer.py:{arg}"), load(f"small.py:{arg}")
     key, batch = jax.random.key(0), tokenizer.data.make(4, seed=0).train_batch(0)
@@ -467,7 +467,7 @@ def test_a_step_of_both_stages_on_own_images_changes_no_shape(make_folder):
         ("data=digits,size=8,size=16", "size is given more than once in 'data=digits,size=8,"),
     ],
 )
-def test_a_wrong_argument_of_small_is_told_what_is_allowed(arg, message):
+def test_a_wrong_argument_of_small_lists_the_allowed_ones(arg, message):
     with pytest.raises(ValueError, match=message):
         load(f"small.py:{arg}")
 
@@ -485,12 +485,12 @@ def test_a_wrong_argument_of_small_is_told_what_is_allowed(arg, message):
         ("ladder.py:d=2,d=3,data=digits,tokenizer=nowhere", "d is given more than once"),
     ],
 )
-def test_words_that_contradict_each_other_are_refused(config, message):
+def test_conflicting_or_repeated_arguments_are_refused(config, message):
     with pytest.raises(InputError, match=message):
         load(config)
 
 
-def test_a_tiny_folder_holds_out_what_is_asked_for(tmp_path):
+def test_held_out_takes_a_fraction_or_a_folder(tmp_path):
     for i in range(3):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
     arg = f"data=folder:{tmp_path},size=8"
@@ -514,7 +514,7 @@ def test_a_tiny_folder_holds_out_what_is_asked_for(tmp_path):
         load("small.py:data=digits,size=8,held_out=0.3")
 
 
-def test_a_comma_of_a_path_is_escaped_unless_the_path_exists(make_folder):
+def test_a_comma_in_a_path_is_escaped_unless_the_path_exists(make_folder):
     where = make_folder("gray")
     moved = pathlib.Path(where.removeprefix("data=folder:")).rename("a,b")
     for config, others in (("var.py", "d16"), ("mar.py", "b"), ("tokenizer.py", "256")):
@@ -538,7 +538,7 @@ def test_a_comma_of_a_path_is_escaped_unless_the_path_exists(make_folder):
         "var:d16",
     ],
 )
-def test_every_field_has_its_line_of_documentation(name):
+def test_every_config_field_is_documented(name):
     lines = config_flags.describe(config_flags.load_config(name)).splitlines()
     alone = [line for line, after in zip(lines, [*lines[1:], "  "], strict=True)
              if line[2] != " " and after[2] != " "]  # fmt: skip
@@ -568,7 +568,7 @@ def test_mar_takes_any_kl_tokenizer(name, token, map, patch, length):
         assert e == load("mar.py:data=random,l")
 
 
-def test_mar_takes_a_tokenizer_that_was_converted(tmp_path):
+def test_mar_takes_a_converted_tokenizer(tmp_path):
     tokenizer = KLConfig(
         (64, 32), width=8, channel_mult=(1, 2, 2), groups=4, latent_channels=5, latent_shift=0.5
     )
@@ -579,7 +579,7 @@ def test_mar_takes_a_tokenizer_that_was_converted(tmp_path):
     assert task.tokenizer == tokenizer and task.tokenizer_weights == str(tmp_path / "vae")
     assert (task.model.head.patch, task.model.grid, task.model.head.channels) == (4, (4, 2), 5)
     assert task.sampling.steps == 8 and task.model.width == 768
-    # Reading weights would use the devices before several processes are connected.
+    # A config must not read weights, which would use devices before the processes are connected.
     (tmp_path / "vae/tokenizer.safetensors").unlink()
     assert load(f"mar.py:tokenizer={tmp_path / 'vae'},data=random").task == task
     for wrong, message in (
@@ -591,14 +591,14 @@ def test_mar_takes_a_tokenizer_that_was_converted(tmp_path):
 
 
 def with_value(config, name, value):
-    """Copies a dataclass without its own checks."""
+    """Returns a copy with one changed field, without running the dataclass's checks."""
     changed = copy.copy(config)
     object.__setattr__(changed, name, value)
     return changed
 
 
 def with_wrong_choices(config):
-    """Yields (path of a field of choices, copy of the tree with a choice that is not allowed)."""
+    """Yields (path of a Literal field, copy of the config with an invalid value there)."""
     hints = typing.get_type_hints(type(config))
     for name in (field.name for field in dataclasses.fields(config)):
         value = getattr(config, name)
@@ -611,7 +611,7 @@ def with_wrong_choices(config):
 
 
 def classes_with_choices(kind):
-    """Finds the dataclasses with a field of choices in the annotations of a dataclass."""
+    """Returns all dataclasses with a Literal field, among a dataclass and its fields' types."""
     hints = typing.get_type_hints(kind).values()
     found = {kind} if "Literal" in str([*hints]) else set()
     for inner in {x for hint in hints for x in (hint, *typing.get_args(hint))}:
@@ -620,8 +620,8 @@ def classes_with_choices(kind):
     return found
 
 
-def test_every_choice_of_an_experiment_is_checked():
-    """A new field of choices is tested without a change here, if a config sets its class."""
+def test_every_literal_field_is_checked():
+    """New Literal fields are covered automatically if one of these configs sets their class."""
     mar = "digits_mar.py", "digits_mar.py:codes"
     names = "var_cca.py:d16", *mar, "tokenizer.py:256", "kl_tokenizer.py"
     experiments = [load(name) for name in names]
@@ -637,7 +637,7 @@ def test_every_choice_of_an_experiment_is_checked():
     assert tested == set().union(*map(classes_with_choices, kinds))
 
 
-def test_a_ladder_differs_in_size_alone(tmp_path):
+def test_ladder_configs_differ_only_in_size(tmp_path):
     tokenizer = load("digits_tokenizer.py")
     run = tmp_path / "tokenizer"
     write_config(dataclasses.replace(tokenizer, run_dir=str(run)))

@@ -1,4 +1,4 @@
-"""Descriptions of fields, arguments and flags stand alone, for --help prints them by themselves."""
+"""Tests that descriptions of fields, arguments and flags make sense alone, as in --help."""
 
 import ast
 import inspect
@@ -14,12 +14,12 @@ from varjax.config.config_flags import describe, load_config
 FILES = sorted([*ROOT.glob("varjax/**/*.py"), *ROOT.glob("configs/*.py")])
 FRAGMENT = re.compile(r"(of|as|the same)\b", re.IGNORECASE)
 ENTRY = re.compile(r"(\w+(?:, \w+)*)(?: \([^)]*\))?:(?: (.*))?")
-HELP = re.compile(r"help|about|\w+_help|\w+_HELP")  # variables that hold the help of a flag
+HELP = re.compile(r"help|about|\w+_help|\w+_HELP")  # variables that hold a flag's help
 LEAST_WORDS = 3
 
 
 def fault(description: str) -> str | None:
-    """What keeps a description from standing alone; None where nothing does."""
+    """Returns why a description does not make sense alone; None if it does."""
     if FRAGMENT.match(description):
         return "begins in the middle of a phrase"
     if len(description.split()) < LEAST_WORDS:
@@ -28,7 +28,7 @@ def fault(description: str) -> str | None:
 
 
 def described(docstring: str) -> Iterator[tuple[str, str]]:
-    """The entries of the sections Attributes and Args, with their texts on one line."""
+    """Yields (name, text on one line) of each entry in the sections Attributes and Args."""
     for section in inspect.cleandoc(docstring).split("\n\n"):
         title, _, body = section.partition("\n")
         if title not in ("Attributes:", "Args:"):
@@ -46,7 +46,7 @@ def described(docstring: str) -> Iterator[tuple[str, str]]:
 
 
 def descriptions(source: str) -> Iterator[tuple[str, str, str]]:
-    """(owner, name, text) of each description in a file: docstrings, and the help of flags."""
+    """Yields (owner, name, text) of each description in docstrings and in the help of flags."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             for name, text in described(ast.get_docstring(node) or ""):
@@ -61,7 +61,7 @@ def descriptions(source: str) -> Iterator[tuple[str, str, str]]:
                 yield "option_field", "help", str(text)
 
 
-def test_descriptions_of_fields_arguments_and_flags_stand_alone():
+def test_no_description_is_a_fragment():
     count, found = 0, []
     for file in FILES:
         for owner, name, text in descriptions(file.read_text()):
@@ -69,7 +69,7 @@ def test_descriptions_of_fields_arguments_and_flags_stand_alone():
             if problem := fault(text):
                 found.append(f"{file.relative_to(ROOT)}: {owner}: {name}: {text!r} {problem}")
     assert not found
-    assert count > 1000  # the descriptions were found at all
+    assert count > 1000  # the search finds descriptions at all
 
 
 EXAMPLE = '''
@@ -111,7 +111,7 @@ def test_a_fragment_is_found_in_each_kind_of_description(text):
     assert not any(fault(text) for *_, text in descriptions(EXAMPLE.format(*[whole] * 5)))
 
 
-def test_further_lines_belong_to_an_entry():
+def test_continuation_lines_belong_to_an_entry():
     assert ("Config", "a, b", "number of the layers.") in descriptions(EXAMPLE)
 
 

@@ -1,4 +1,4 @@
-"""The documentation's index and links, and what its site (`make docs`) is built from."""
+"""Tests the documentation's index and links, and its site (`make docs`)."""
 
 import importlib.util
 import posixpath
@@ -20,12 +20,12 @@ PAGES = sorted(
 
 
 def text(page: str) -> str:
-    """Returns a page without its blocks of code, where nothing is a link or a heading."""
+    """Returns a page without its code blocks, which contain no links or headings."""
     return re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.M | re.S)
 
 
 def links(page: str) -> list[tuple[str, str]]:
-    """Returns the links within the repository: paths from its root, and headings."""
+    """Returns (path from the root, heading) of each link within the repository."""
     found = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text(page)):
         if not re.match(r"[a-z]+:", target):
@@ -36,7 +36,7 @@ def links(page: str) -> list[tuple[str, str]]:
 
 
 def headings(page: str) -> set[str]:
-    """Returns the names that GitHub gives to a page's headings."""
+    """Returns the anchors that GitHub gives to a page's headings."""
     titles = re.findall(r"^#+ (.+)$", text(page), flags=re.M)
     titles = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in titles]
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -49,8 +49,8 @@ def site():
     return module
 
 
-def test_every_page_is_once_in_the_index():
-    # Links to headings are ways through the pages, and may name one twice.
+def test_the_index_lists_every_page_once():
+    # Links to headings belong to reading paths, which may repeat a page.
     listed = [path for path, heading in links(INDEX) if path.endswith(".md") and not heading]
     missing = set(PAGES) - {INDEX, *listed}
     assert not missing, f"add to {INDEX}, where the reader looks for them: {sorted(missing)}"
@@ -67,7 +67,7 @@ def test_links_resolve():
     assert checked > 100
 
 
-def test_the_navigation_of_the_site_is_the_index():
+def test_the_site_navigation_matches_the_index():
     navigation = site().navigation((ROOT / INDEX).read_text())
     pages = re.findall(r"^(?:.* <)?/([^>\n]+)>?$", navigation, flags=re.M)
     assert sorted(pages) == sorted(["docs/site/api"] + [p[:-3] for p in PAGES if p != INDEX])
@@ -78,7 +78,7 @@ def test_the_navigation_of_the_site_is_the_index():
 def test_every_public_name_is_in_the_api_reference():
     reference = (ROOT / "docs/site/api.rst").read_text()
     listed = re.findall(r"^\.\. auto\w+:: varjax\.(\w+)(?:\(\))?$", reference, flags=re.M)
-    # Modules of the package, and what its __init__ imports, are no public names.
+    # The module also contains two names that it imports, which are not public.
     public = {
         name
         for name in dir(importlib.import_module("varjax.api"))
@@ -88,7 +88,7 @@ def test_every_public_name_is_in_the_api_reference():
 
 
 @pytest.mark.slow
-def test_the_site_is_built_without_a_warning(tmp_path):
+def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("sphinx", reason="the site needs `make docs`, which installs Sphinx")
     folders = ["-d", tmp_path / "doctrees", ROOT, tmp_path / "site"]
     options = ["--quiet", "--fail-on-warning", "-c", ROOT / "docs/site"]

@@ -1,7 +1,7 @@
-"""Every command of ours in README and docs is read by its own parser, placeholders and all.
+"""Tests that each varjax command in README and docs is accepted by its parser.
 
-What follows the parsing is other tests' business: official weights, datasets and clusters are not
-here. Training commands are read as far as their mesh in tests/training/test_sharding.py.
+Commands end after parsing, because official weights, datasets and clusters are not available here.
+tests/training/test_sharding.py also lays out the mesh of each training command.
 """
 
 import argparse
@@ -22,7 +22,7 @@ OURS = re.compile(
 
 
 class Parsed(BaseException):
-    """Ends a command once its parser took the arguments."""
+    """Ends a command once its parser has accepted the arguments."""
 
 
 def commands():
@@ -36,12 +36,12 @@ def commands():
                 yield page.name, command
 
 
-def test_documented_commands_have_the_flags_that_are_documented(monkeypatch):
+def test_documented_commands_have_valid_flags(monkeypatch):
     parse = argparse.ArgumentParser.parse_known_args
 
     def parse_only(self, *args, **kwargs):
         flags, unknown = parse(self, *args, **kwargs)
-        if not self.add_help:  # only looks for a config
+        if not self.add_help:  # this parser only looks for the config
             return flags, unknown
         assert all(word.startswith("--config.") for word in unknown), unknown
         raise Parsed

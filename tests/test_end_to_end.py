@@ -1,4 +1,4 @@
-"""The commands of the README on the shipped configs, a few steps long, as a user runs them."""
+"""Tests the README's commands on the shipped configs, for a few steps, as a user runs them."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def run(script, *flags, code=0):
 
 @pytest.fixture
 def run_here(monkeypatch, capfd):
-    """Runs a script as `run` does, but in this process, which need not start and compile again."""
+    """Returns a function like `run` that saves time by running the script in this process."""
 
     def runs_here(script, *flags, code=0):
         monkeypatch.setattr(sys, "argv", [script, *flags])
@@ -54,7 +54,7 @@ def config(name, run_dir, *others):
     return [f"--config={ROOT / 'configs' / name}", f"--config.run_dir={run_dir}", *flags]
 
 
-def test_digits_from_images_to_images(folder, run_here):
+def test_digits_from_training_to_samples(folder, run_here):
     tokenizer, transformer = folder / "tokenizer", folder / "transformer"
     run("train.py", *config("digits_tokenizer.py", tokenizer))
     other = f"--config.task.tokenizer_weights={tokenizer}"
@@ -85,7 +85,7 @@ def test_digits_from_images_to_images(folder, run_here):
         (1, ["--config.task.tokenizer_weights=nowhere"], "nowhere"),
     ],
 )
-def test_a_user_s_mistake_is_one_line(folder, run_here, code, flags, message):
+def test_a_user_error_prints_no_traceback(folder, run_here, code, flags, message):
     if not flags[0].startswith("--config="):
         flags = [*config("digits.py", folder / "mistake"), *flags]
     said = run_here("train.py", *flags, code=code)
@@ -93,6 +93,6 @@ def test_a_user_s_mistake_is_one_line(folder, run_here, code, flags, message):
     assert re.search(message, said, re.DOTALL), said
 
 
-def test_a_missing_run_is_one_line_too():
+def test_a_missing_run_prints_no_traceback():
     done = run("sample.py", "--weights=runs/none", code=1)
     assert "runs/none" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""The one-file examples compute what the library computes, on the same parameters and noise."""
+"""Tests that the one-file examples match the library, on the same parameters and noise."""
 
 import functools
 import re
@@ -36,7 +36,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 
 @pytest.fixture(autouse=True)
 def small_examples(monkeypatch):
-    """Shrinks both networks. The examples rely on JAX's usual promotion of dtypes."""
+    """Shrinks both networks, and allows JAX's usual dtype promotion, which the examples need."""
     for module, width, heads in ((nano_var, "C", "A"), (nano_mar, "C", "A")):
         monkeypatch.setattr(module, width, 16)
         monkeypatch.setattr(module, heads, 2)
@@ -49,22 +49,22 @@ def small_examples(monkeypatch):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_stand_alone(name):
-    """Neither imports varjax, nor anything that a reader would have to look up."""
+def test_examples_are_short_and_self_contained(name):
+    """Examples import neither varjax nor unfamiliar packages, and they are short."""
     text = (ROOT / "examples" / f"{name}.py").read_text()
     assert imported_packages(text) - set(sys.stdlib_module_names) <= ALLOWED
     assert len(text.splitlines()) <= 350
 
 
 def random_params(init, *inputs, scale=0.3):
-    """Draws all parameters, as many are 0 before training and would hide a difference."""
+    """Draws all parameters, because many are 0 before training and would hide differences."""
     shapes = jax.eval_shape(init, jax.random.key(0), *inputs)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, scale, x.shape), x.dtype), shapes)
 
 
 def stacked(params, name, depth):
-    """Stacks the layers name_0, name_1 … along a leading axis, as the library keeps them."""
+    """Stacks the layers name_0, name_1 … along a leading axis, as in the library."""
     layers = [params[f"{name}_{i}"] for i in range(depth)]
     return jax.tree.map(lambda *x: np.stack(x), *layers)
 
@@ -114,7 +114,7 @@ def test_resizing_matches_library(side):
 
 
 def test_quantizer_matches_library():
-    """Tokens and f_hat of all scales, and from the tokens the transformer's input."""
+    """Compares tokens and f_hat of all scales, and the transformer's teacher-forcing input."""
 
     @jax.jit
     def example(image_BHW1):
@@ -141,7 +141,7 @@ def test_quantizer_matches_library():
 
 @pytest.mark.slow
 def test_tokenizer_loss_matches_library():
-    """Also its gradient: the decoder's passes straight through to the encoder."""
+    """Also compares the gradient, which passes straight through from decoder to encoder."""
     image_BHW1 = np.tanh(noisy(4, 8, 8, 1))
 
     def expected_loss(params):
@@ -171,12 +171,12 @@ def test_mask_matches_library():
 
 
 def var_params():
-    """Random parameters of the example, and the same ones as the library names them."""
+    """Returns random parameters of the example, and the same ones in the library's layout."""
     inputs = jnp.zeros((1, nano_var.L - 1, nano_var.Z)), jnp.zeros(1, int)
     params = random_params(nano_var.VAR().init, *inputs)["params"]
     block = stacked(params, "block", nano_var.DEPTH)
     attn = block["attn"]
-    bias_SC = np.zeros((nano_var.DEPTH, nano_var.C), np.float32)  # the example has none of q and v
+    bias_SC = np.zeros((nano_var.DEPTH, nano_var.C), np.float32)  # the example has none for q and v
     qkv = split_qkv(attn["qkv"])
     library = {
         "class_embed": params["class_embed"]["embedding"],
@@ -215,7 +215,7 @@ def var_config():
 
 @pytest.mark.slow
 def test_var_loss_matches_library():
-    """The mean cross-entropy of the library's logits, for labels of which some are dropped."""
+    """Expects the mean cross-entropy of the library's logits, with some labels dropped."""
     params, library = var_params()
     B, key = 16, jax.random.key(0)
     input_BlZ, label_B = noisy(B, nano_var.L - 1, nano_var.Z), np.arange(B) % 10
@@ -235,7 +235,7 @@ def test_var_loss_matches_library():
 
     actual, expected, first_two_BlV, logits_BLV = both(params, library)
     close(actual, expected)
-    # Any number of scales has the logits that it has among all scales, as sampling needs.
+    # The first scales have the same logits without the later ones, as sampling requires.
     close(first_two_BlV, logits_BLV[:, :5], atol=1e-4)
 
 
@@ -281,7 +281,7 @@ def mar_config():
 
 
 def mar_params():
-    """Random parameters of the example, and the same ones as the library names them."""
+    """Returns random parameters of the example, and the same ones in the library's layout."""
     params = random_params(nano_mar.init_params)
     mar, denoiser = params["mar"], params["denoiser"]
 
@@ -302,7 +302,7 @@ def mar_params():
         "input_proj": denoiser["input_proj"],
         "blocks": {name: stacked(denoiser, name, nano_mar.MLP_DEPTH) for name in names},
         "adaln": denoiser["adaln"],
-        # The library learns the variance, too: -1 means the smaller bound, as in the example.
+        # The library also predicts the variance; -1 selects the lower bound, as in the example.
         "out": {
             "kernel": np.pad(out["kernel"], ((0, 0), (0, nano_mar.Z))),
             "bias": np.pad(out["bias"], (0, nano_mar.Z), constant_values=-1),
@@ -359,7 +359,7 @@ def test_diffusion_loss_matches_library():
 
 
 def test_mar_loss_masks_known_tokens_and_drops_labels():
-    """By fakes: what is known and the loss of each token are told apart by large numbers."""
+    """Uses a fake loss that is huge for known tokens, so the mean shows if it includes any."""
     seen = {}
 
     def fake_loss(params, token_BLZ, label_B, known_BL, t_BLU, noise_BLUZ):
@@ -372,14 +372,14 @@ def test_mar_loss_masks_known_tokens_and_drops_labels():
         assert nano_mar.mar_loss({}, batch, jax.random.key(0)) == 3
     count_B = seen["known_BL"].sum(axis=1)
     assert count_B.min() == 0 and 9 <= count_B.max() <= 14  # a mask ratio from 0.1 to 1
-    assert 0.15 < count_B.mean() / nano_mar.L < 0.25  # that of a half normal: 0.2
+    assert 0.15 < count_B.mean() / nano_mar.L < 0.25  # mean of a half-normal: 0.2
     assert len(np.unique(seen["known_BL"], axis=0)) > 300
     assert set(np.unique(seen["label_B"])) == {0, 10} and 30 < np.sum(seen["label_B"] == 10) < 75
     assert 0 <= seen["t_BLU"].min() < 5 and 995 <= seen["t_BLU"].max() <= 999
     assert abs(seen["noise_BLUZ"].std() - 1) < 0.02
 
 
-def test_unknown_tokens_do_not_reach_z():
+def test_masked_tokens_do_not_reach_z():
     params, _ = mar_params()
     known_1L = jnp.arange(nano_mar.L)[None] % 3 == 0
 
@@ -414,9 +414,9 @@ def test_reverse_diffusion_matches_library():
 
 
 def test_reverse_diffusion_recovers_a_gaussian():
-    """With the exact noise prediction of a normal distribution, its samples have its moments.
+    """With a Gaussian's exact noise prediction, samples have its mean and standard deviation.
 
-    The smaller of the two bounds on the variance makes them a little too alike.
+    The lower bound on the variance makes the standard deviation slightly too small.
     """
     mean, std = 0.1, 0.25
 
@@ -433,7 +433,7 @@ def test_reverse_diffusion_recovers_a_gaussian():
 
 
 def sample_in_few_steps(monkeypatch):
-    """Leaves less to compile: three steps that draw different numbers of tokens."""
+    """Reduces compilation to three steps, which draw different numbers of tokens."""
     monkeypatch.setattr(nano_mar, "STEPS", 3)
     monkeypatch.setattr(nano_mar, "KNOWN", UnmaskingSchedule(nano_mar.L, 3).known)
     monkeypatch.setattr(nano_mar, "J", 10)
@@ -471,7 +471,7 @@ def test_mar_sampling_matches_library(monkeypatch):
     )(library, order_BL)
     close(steps[-1], expected, rtol=1e-3, atol=1e-3)
     rank_BL = np.argsort(order_BL, axis=1)
-    for step, token_BLZ in enumerate(steps):  # a token stays as it was drawn
+    for step, token_BLZ in enumerate(steps):  # drawn tokens never change
         known_BL = rank_BL < nano_mar.KNOWN[step + 1]
         np.testing.assert_array_equal(token_BLZ[known_BL], steps[-1][known_BL])
         assert not np.any(token_BLZ[~known_BL])
@@ -485,7 +485,7 @@ def digits_of(module):
     return module.digits()
 
 
-def test_augmentation_moves_images_little():
+def test_augmentation_changes_images_slightly():
     train, held_out = digits_of(nano_var)
     assert train["image"].shape == (14380, 8, 8, 1) and held_out["image"].shape == (359, 8, 8, 1)
     other, _ = digits_of(nano_mar)
@@ -493,7 +493,7 @@ def test_augmentation_moves_images_little():
     copies_UNC, image_NC = train["image"].reshape(10, 1438, 64), held_out["image"].reshape(-1, 64)
     for x in copies_UNC, image_NC:
         assert x.min() == -1 and x.max() == 1
-    # On average nothing moves: half a pixel changes the mean image by up to 0.6.
+    # Shifts average to zero; half a pixel would change the mean image by up to 0.6.
     difference_C = copies_UNC.mean(axis=(0, 1)) - image_NC.mean(axis=0)
     assert np.abs(difference_C).max() < 0.15
     between_copies = np.linalg.norm(copies_UNC[0] - copies_UNC[1], axis=1).mean()
@@ -503,11 +503,11 @@ def test_augmentation_moves_images_little():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [nano_var, nano_mar])
-def test_a_short_run_learns_and_draws_its_pictures(module, monkeypatch, tmp_path, capsys):
-    """Each example's own `main`, on fewer images and for fewer steps.
+def test_a_short_run_learns_and_writes_its_figures(module, monkeypatch, tmp_path, capsys):
+    """Runs each example's `main` on fewer images and for fewer steps.
 
-    Without training, a model of 32 codes has a loss of log 32 or more, and one that predicts no
-    noise has the variance of noise, 1. An image of the mean gray has a PSNR of 8.5 dB.
+    An untrained model of 32 codes has a loss of at least log 32, and predicting zero noise has a
+    loss of 1, the variance of noise. An image of the mean gray has a PSNR of 8.5 dB.
     """
     fit, data_sets = module.fit, digits_of(module)
 

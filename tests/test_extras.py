@@ -1,4 +1,4 @@
-"""Packages that only some datasets and pictures need may be missing, and a message names them."""
+"""Tests that optional packages may be missing, and that errors name the extra to install."""
 
 import ast
 import subprocess
@@ -22,7 +22,7 @@ from varjax.storage import image_io
 EXTRAS = {
     "sklearn": "digits", "matplotlib": "plot", "tensorflow_datasets": "tfds", "array_record": "tfds"
 }  # fmt: skip
-BROUGHT = "pyarrow", "joblib", "psutil", "requests"  # by them; nobody else installs these
+BROUGHT = "pyarrow", "joblib", "psutil", "requests"  # dependencies of these packages only
 
 
 def test_pyproject_has_the_extras():
@@ -37,7 +37,7 @@ def test_pyproject_has_the_extras():
     assert f"varjax[{','.join(needed)}]" in extras["dev"]
 
 
-def test_no_module_imports_them_at_its_top():
+def test_optional_packages_are_not_imported_at_module_level():
     for name, file in FILES.items():
         for node in ast.parse(file.read_text()).body:
             words = (
@@ -48,7 +48,7 @@ def test_no_module_imports_them_at_its_top():
 
 @pytest.fixture
 def missing(monkeypatch):
-    """A function that makes a package, and all that is below it, unavailable."""
+    """Returns a function that makes a package and its submodules unavailable."""
 
     def forget(package):
         below = [name for name in sys.modules if name.startswith(f"{package}.")]
@@ -69,7 +69,7 @@ def missing(monkeypatch):
         ("tensorflow_datasets", lambda folder: prepare.prepare(str(folder), str(folder / "out"))),
     ],
 )
-def test_a_missing_package_is_named_with_its_extra(package, action, missing, tmp_path):
+def test_a_missing_package_error_names_its_extra(package, action, missing, tmp_path):
     missing(package)
     with pytest.raises(InputError) as caught:
         action(tmp_path)
@@ -99,7 +99,7 @@ assert main(["info", f"{{out}}/a.png"]) == 0
 
 
 @pytest.mark.slow
-def test_sampling_editing_and_converting_need_none_of_them(tmp_path):
+def test_sampling_editing_and_converting_need_no_extras(tmp_path):
     image_io.write_png(tmp_path / "image.png", np.zeros((8, 8, 1), np.uint8))
     modules = [name for name in FILES if name != "varjax.__main__"]
     script = WITHOUT.format(refused={*EXTRAS, *BROUGHT}, modules=modules)

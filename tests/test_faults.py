@@ -1,4 +1,4 @@
-"""File operations that fail: every command ends as without, or says why and can continue."""
+"""Tests fault injection, and that commands with faults end as usual or say why and can continue."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler: cc")
 
-# Makes a call on each line of its input, and answers with the errno, 0 for none.
+# Executes each line of its input, and prints the errno; 0 on success.
 OPERATOR = """
 import os, sys
 for line in sys.stdin:
@@ -27,7 +27,7 @@ for line in sys.stdin:
 
 
 class Operator:
-    """A process whose file operations can fail."""
+    """Executes lines of Python in a process whose file operations can fail."""
 
     def __init__(self, faults, folder):
         self._process = subprocess.Popen(
@@ -51,7 +51,7 @@ class Operator:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """The folder where it is compiled, once."""
+    """Returns the folder of the fault-injection library, which is compiled once."""
     folder = tmp_path_factory.mktemp("library")
     Faults(folder, [])
     return folder
@@ -59,7 +59,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def disturbed(tmp_path, library):
-    """(faults in the folder "run", a process in the folder above)."""
+    """Yields (faults for the folder "run", an Operator in its parent folder)."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "a").write_text("text")
     shutil.copy(library / "faults.so", tmp_path)
@@ -83,7 +83,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_fails_where_and_when_it_was_asked_for(disturbed, tmp_path, call):
+def test_a_call_fails_only_where_and_when_requested(disturbed, tmp_path, call):
     faults, operator = disturbed
     elsewhere = CALLS[call].replace("run/", "")
     (tmp_path / "a").write_text("text")
@@ -99,7 +99,7 @@ def test_a_call_fails_where_and_when_it_was_asked_for(disturbed, tmp_path, call)
     assert {c for c, _ in faults.logged("fail")} == {call}
 
 
-def test_a_full_disk_takes_half_of_a_write_first(disturbed, tmp_path):
+def test_a_full_disk_first_accepts_half_of_a_write(disturbed, tmp_path):
     faults, operator = disturbed
     faults.arm(["write"], errno.ENOSPC, count=1)
     assert operator("file = open('run/w', 'wb', buffering=0); assert file.write(b'1234') == 2") == 0
@@ -108,7 +108,7 @@ def test_a_full_disk_takes_half_of_a_write_first(disturbed, tmp_path):
     assert (tmp_path / "run" / "w").read_text() == "1234"
 
 
-def test_calls_are_told_apart_by_kinds_of_files(disturbed, tmp_path):
+def test_path_patterns_match_files_of_one_kind(disturbed, tmp_path):
     faults, operator = disturbed
     faults.record(True)
     for name in ("12.x", "345.x", ".config.json.0a1b2c3d-77-00112233.tmp"):
@@ -122,7 +122,7 @@ def test_calls_are_told_apart_by_kinds_of_files(disturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_ends_as_without_a_fault_or_says_why_and_continues(tmp_path):
+def test_a_run_with_faults_ends_as_usual_or_can_continue(tmp_path):
     command = [sys.executable, "-m", "tests.helpers.fault_sweep", f"--folder={tmp_path / 'sweep'}"]
     command += ["--cases=4", "--seed=0", "train"]
     swept = subprocess.run(

@@ -1,4 +1,4 @@
-"""Processes that tests fork behave like those that subprocess starts."""
+"""Tests that forked processes behave like those that subprocess starts."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ print(os.getpgrp() == os.getpid(), os.getppid())
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_code_runs_and_ends_as_in_a_new_interpreter(tmp_path, code):
+def test_code_behaves_as_in_a_new_interpreter(tmp_path, code):
     ends = []
     for start in (forked.Popen, subprocess.Popen):
         process = start(
@@ -51,7 +51,7 @@ def test_scripts_and_modules_run():
     assert by_script == by_module and "--labels" in by_module
 
 
-def test_flags_of_xla_and_jax_hold():
+def test_xla_and_jax_flags_take_effect():
     count = "import jax; print(len(jax.devices()))"
     assert run(["-c", count], JAX_NUM_CPU_DEVICES="3") == "3\n"
     assert run(["-c", count], XLA_FLAGS="--xla_force_host_platform_device_count=5") == "5\n"
@@ -66,7 +66,7 @@ def test_a_process_can_be_waited_for_and_killed():
         assert process.wait() == -signal.SIGKILL
 
 
-def test_a_process_that_takes_too_long_says_where_it_hangs():
+def test_a_timeout_shows_where_the_process_hangs():
     code = "import time\ndef hang(): time.sleep(100)\nprint('begun', flush=True)\nhang()"
     with pytest.raises(AssertionError, match=r"(?s)took over 2 s: begun.*line 2 in hang"):
         forked.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=2)

@@ -1,4 +1,4 @@
-"""Modules import only from lower layers or their own folder, and no files import in a circle."""
+"""Tests that modules import only from lower layers or their own folder, without cycles."""
 
 import ast
 import graphlib
@@ -38,7 +38,7 @@ LAYER = {
     "demo": 12,
     "api": 12,
     "__init__": 13,
-    "__main__": 13,  # also that of a folder, which is a command
+    "__main__": 13,  # of the package, or of a folder that is a command
 }
 FOUNDATIONS = {"errors", "trees", "storage", "config", "runtime", "checkpoints"}
 PACKAGE = pathlib.Path(varjax.__file__).parent
@@ -53,7 +53,7 @@ def layer(name: str) -> int:
 
 
 def imported(file: pathlib.Path) -> set[str]:
-    """The modules of the package that a file imports, also in functions or by their names."""
+    """Returns the varjax modules that a file imports, also in functions or by import_module."""
     names = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -67,11 +67,11 @@ def imported(file: pathlib.Path) -> set[str]:
 
 
 def imported_by_name(argument: ast.expr) -> list[str]:
-    """The modules that `import_module` may import: literally, or all that fit an f-string."""
+    """Returns the modules that a literal or f-string argument of `import_module` may name."""
     if isinstance(argument, ast.Constant):
         return [str(argument.value)]
     if not isinstance(argument, ast.JoinedStr):
-        return []  # a table of commands
+        return []  # from a table of commands
     parts = [re.escape(p.value) if isinstance(p, ast.Constant) else ".+" for p in argument.values]
     return [name for name in FILES if re.fullmatch("".join(parts), name)]
 
@@ -90,7 +90,7 @@ def test_every_folder_has_a_layer():
     assert {name.split(".")[1] for name in FILES if "." in name} == LAYER.keys() - {"__init__"}
 
 
-def test_contributing_has_the_same_layers():
+def test_contributing_lists_the_same_layers():
     section = (ROOT / "CONTRIBUTING.md").read_text().split("\n## Layers\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", section, re.M)
     names = [(name, int(layer)) for layer, cell in rows for name in re.findall(r"`(\w+)/?`", cell)]
@@ -105,23 +105,23 @@ def test_imports_only_go_down():
             assert same_folder or layer(used) < layer(name), f"{name} imports {used}"
 
 
-def test_no_two_files_import_one_another():
+def test_imports_have_no_cycles():
     graph = {name: imported(file) - {name} for name, file in FILES.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
 @pytest.mark.parametrize("family", ["var", "mar"])
-def test_a_family_is_known_to_the_table_of_families_and_its_name_map_alone(family):
-    """docs/add_a_family.md lists what a family touches; everything else must not know it."""
+def test_only_the_family_table_api_and_name_map_import_a_family(family):
+    """docs/add_a_family.md lists these modules; all others must not depend on a family."""
     own = f"varjax.{family}."
     users = {name for name, file in FILES.items() if any(m.startswith(own) for m in imported(file))}
     others = {name for name in users if not name.startswith(own)}
-    others -= {"varjax.analysis.diffusion_steps"}  # a study of MAR's own denoiser
+    others -= {"varjax.analysis.diffusion_steps"}  # a study of MAR's denoiser
     assert others == {"varjax.models", "varjax.api", f"varjax.convert.name_maps.{family}"}
 
 
 def imported_by(statement: str) -> set[str]:
-    """The files of the project above its foundations that a process imports for a statement."""
+    """Returns the varjax modules above the foundations that a statement imports."""
     script = f"import sys; {statement}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     used = {name for name in done.stdout.split() if name.startswith("varjax.")}
@@ -136,7 +136,7 @@ def test_inference_imports_no_training():
     assert not {name for name in files if name.split(".")[1] in ("training", "data", "convert")}
 
 
-def test_inference_imports_little():
-    """What VAR needs; another family or tokenizer comes with a few files of its own."""
+def test_inference_imports_few_modules():
+    """Checks VAR; another family or tokenizer adds a few modules."""
     files = imported_by("import varjax.checkpoints.weights, varjax.var.pipeline")
     assert len(files | {"varjax.models"}) <= 24, sorted(files)

@@ -1,4 +1,4 @@
-"""A tokenizer alone, wherever it lies, and the contract that it keeps."""
+"""Tests `varjax.load_tokenizer` and the contract of tokenizers."""
 
 import re
 import shutil
@@ -34,7 +34,7 @@ print(*sorted(name for name in sys.modules if name.startswith("varjax.")))
 
 
 def drawn(config=CONFIG):
-    """Parameters by NumPy, for compiling `init` takes its time."""
+    """Draws parameters with NumPy, because compiling `init` is slow."""
     rng, shapes = np.random.default_rng(0), jax.eval_shape(config.init, jax.random.key(0))
     return jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), shapes)
 
@@ -45,7 +45,7 @@ def loaded():
 
 
 @pytest.mark.slow
-def test_it_is_found_wherever_it_lies(tmp_path):
+def test_a_tokenizer_loads_from_every_kind_of_directory(tmp_path):
     params, data = drawn(), config_tree.to_dict(CONFIG)
     for name, file, config in (
         ("converted", "tokenizer", {"sources": {}, "tokenizer": data}),
@@ -67,7 +67,7 @@ def test_it_is_found_wherever_it_lies(tmp_path):
 
 
 @pytest.mark.slow
-def test_latents_are_those_of_the_module_and_fit_their_description(loaded):
+def test_latents_match_the_module_and_latent_spec(loaded):
     latents = loaded.encode(IMAGES_BHWC)
     (spec,) = CONFIG.latent_spec.values()
     assert {name: x.shape for name, x in latents.items()} == {"tokens": (2, *spec.shape)}
@@ -84,17 +84,17 @@ def test_latents_are_those_of_the_module_and_fit_their_description(loaded):
     np.testing.assert_allclose(loaded.decode(stored), expected_BHWC, atol=1e-6)
 
 
-def test_floats_from_zero_to_one_are_the_same_images(loaded):
+def test_floats_from_zero_to_one_encode_like_uint8(loaded):
     of_floats = loaded.encode(IMAGES_BHWC.astype(np.float32) / 255)
     np.testing.assert_array_equal(of_floats["tokens"], loaded.encode(IMAGES_BHWC)["tokens"])
 
 
-def test_many_codes_are_stored_in_more_bits():
+def test_large_vocabularies_are_stored_as_uint32():
     for vocab, dtype in ((2**16, np.uint16), (2**16 + 1, np.uint32)):
         assert varjax.VQConfig(vocab=vocab).latent_spec["tokens_BL"].dtype == dtype
 
 
-def test_another_weight_is_another_identity():
+def test_a_changed_weight_changes_the_identity():
     params, config = drawn(), runs.TOKENIZER
     before = config.identity(params)
     assert before == config.identity(drawn()) and before["vocab"] == config.vocab
@@ -102,7 +102,7 @@ def test_another_weight_is_another_identity():
     assert config.identity(params) != before
 
 
-def test_what_it_does_not_take_is_refused(loaded):
+def test_invalid_images_and_latents_are_refused(loaded):
     for images, message in (
         (IMAGES_BHWC[0], r"shape \(8, 8, 1\); needed is \(B, \*\(8, 8, 1\)\)"),
         (IMAGES_BHWC.astype(np.int32), "images are int32; give uint8 or floats"),
@@ -117,7 +117,7 @@ def test_what_it_does_not_take_is_refused(loaded):
 
 
 @pytest.mark.slow
-def test_the_first_array_is_enough_to_decode(loaded):
+def test_decoding_needs_only_the_first_array(loaded):
     tokens_BL = loaded.encode(IMAGES_BHWC)["tokens"]
     np.testing.assert_array_equal(loaded.decode(tokens_BL), loaded.decode({"tokens": tokens_BL}))
     kl = LoadedTokenizer(KL, drawn(KL))
@@ -135,14 +135,14 @@ def test_the_first_array_is_enough_to_decode(loaded):
 
 
 @pytest.mark.parametrize("config", [CONFIG, KL])
-def test_the_kind_is_told_from_the_settings(config, tmp_path):
+def test_the_kind_of_tokenizer_follows_from_its_settings(config, tmp_path):
     settings = {"sources": {}, "tokenizer": config_tree.to_dict(config)}
     files.write_json(tmp_path / "config.json", settings)
     files.write_tensors(tmp_path / "tokenizer.safetensors", drawn(config), {})
     assert varjax.load_tokenizer(tmp_path).config == config
 
 
-def test_training_is_not_imported_for_it():
+def test_load_tokenizer_does_not_import_training():
     command = [sys.executable, "-c", IMPORTED]
     found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     names = found.split()
@@ -151,13 +151,13 @@ def test_training_is_not_imported_for_it():
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path):
+def test_a_damaged_checkpoint_error_says_what_to_do(tmp_path):
     shutil.copytree(runs.tokenizer(), tmp_path / "run")
     large = [path for path in (tmp_path / "run/checkpoints").rglob("d/*") if path.is_file()]
     assert large
     for path in large:
         path.write_bytes(path.read_bytes()[:9])
-    # In its own process, whose only lines are those of the error.
+    # In a separate process, so that stderr contains only the error.
     read = forked.run(
         [sys.executable, "-c", f"import varjax; varjax.load_tokenizer({str(tmp_path / 'run')!r})"],
         capture_output=True, text=True, cwd=ROOT,
@@ -170,13 +170,13 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path):
 
 
 @pytest.mark.slow
-def test_building_on_an_unfinished_run_is_told(tmp_path, capsys):
+def test_using_an_unfinished_tokenizer_run_is_noted(tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(runs.tokenizer(), run)
     read_frozen_tokenizer(str(run), runs.TOKENIZER)
     assert not capsys.readouterr().err
     config = files.read_json(run / "config.json")
-    # Also where the length was given in epochs.
+    # The note also appears if the length was given in epochs.
     in_epochs = {"steps": 0, "epochs": 1.0, "plan": config["plan"] | {"steps": 40}}
     for longer in ({"steps": 40, "plan": None}, in_epochs):
         files.write_json(run / "config.json", config | longer)
@@ -185,7 +185,7 @@ def test_building_on_an_unfinished_run_is_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("ema", [True, False])
-def test_a_choice_of_ema_weights_is_refused_where_there_is_one_set(ema, tmp_path):
+def test_ema_is_refused_for_a_single_set_of_weights(ema, tmp_path):
     for read in (
         varjax.load,
         varjax.load_tokenizer,

@@ -1,4 +1,4 @@
-"""Weights from both kinds of directory: runs are made here without training."""
+"""Tests weights from runs, which are made without training, and from converted directories."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def equal(a, b):
 
 
 def run_of(task, directory, params, ema=None, frozen=None):
-    """What training leaves behind."""
+    """Writes a run's directory as training would, and returns it."""
     write_config(Experiment(task, Digits(), str(directory), batch_size=1, steps=1))
     with Checkpoints(directory / "checkpoints") as checkpoints:
         state = TrainState(np.int32(1), params, ema, {"count": np.int32(1)})
@@ -51,7 +51,7 @@ def run_of(task, directory, params, ema=None, frozen=None):
 
 @pytest.fixture
 def var_run(tmp_path):
-    """A run of a transformer whose average is the golden case and whose parameters are not."""
+    """Makes a VAR run whose EMA weights are the golden case's and whose parameters differ."""
     task = VARTask(VAR, TOKENIZER, "nowhere", ema_decay=0.9, sampling=SAMPLING)
     ema = golden.var_params("shared_aln")
     params = jax.tree.map(lambda x: x + 1, ema)
@@ -60,14 +60,14 @@ def var_run(tmp_path):
 
 @pytest.fixture
 def tokenizer_dir(tmp_path):
-    """A converted directory that holds a tokenizer alone, made of a named checkpoint."""
+    """Converts a given checkpoint to a directory that contains only a tokenizer."""
     params = golden.tokenizer_params("shared_aln")
     run = run_of(VQTask(TOKENIZER), tmp_path / "tokenizer_run", params)
     convert_run(f"{run}@1", tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
 
 
-def test_an_exported_run_is_the_same_model(var_run, tmp_path):
+def test_a_converted_run_is_the_same_model(var_run, tmp_path):
     convert_run(var_run, tmp_path / "out")
     for location in (var_run, tmp_path / "out"):
         model = varjax.load(location)
@@ -82,7 +82,7 @@ def test_an_exported_run_is_the_same_model(var_run, tmp_path):
         convert_run(tmp_path / "out", tmp_path / "again")
 
 
-def test_a_run_goes_to_pytorch_directly(var_run, tmp_path):
+def test_a_run_converts_to_pytorch_directly(var_run, tmp_path):
     convert_to_torch(var_run, tmp_path / "torch")
     for name, part in (("tokenizer", "vae"), ("var", "var")):
         read = read_checkpoint(tmp_path / f"torch/{name}.pth")
@@ -92,7 +92,7 @@ def test_a_run_goes_to_pytorch_directly(var_run, tmp_path):
         convert_to_torch(var_run, tmp_path / "torch")
 
 
-def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_path):
+def test_a_tokenizer_alone_serves_training_but_not_sampling(tokenizer_dir, tmp_path):
     assert [*open_weights(tokenizer_dir).config["sources"]] == ["tokenizer_run/config.json"]
     task = VARTask(VAR, TOKENIZER, str(tokenizer_dir))
     equal(task.frozen(), golden.tokenizer_params("shared_aln"))
@@ -118,7 +118,7 @@ def test_a_transformer_alone_asks_for_its_tokenizer(tmp_path):
         varjax.load(tmp_path / "out")
 
 
-def test_weights_are_mapped_not_copied(tokenizer_dir):
+def test_weights_are_memory_mapped(tokenizer_dir):
     _, params = read_tokenizer(tokenizer_dir)
     for leaf in jax.tree.leaves(params):
         base = leaf
@@ -127,7 +127,7 @@ def test_weights_are_mapped_not_copied(tokenizer_dir):
         assert isinstance(base, np.memmap) and not leaf.flags.writeable
 
 
-def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
+def test_invalid_model_directories_are_refused(var_run, tokenizer_dir, tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist; give a run's directory"):
         varjax.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no config.json"):

@@ -1,4 +1,4 @@
-"""The notebook's code, cell after cell, on tiny runs; without Jupyter."""
+"""Tests the notebook's code, cell by cell, on tiny runs and without Jupyter."""
 
 import ast
 import importlib.util
@@ -23,7 +23,7 @@ NOTEBOOK = ROOT / "notebooks" / "colab.ipynb"
 
 
 def execute(source, names):
-    """Runs a cell; the value of the last line, which a notebook shows, or None."""
+    """Runs a cell; returns the value of its last expression, which a notebook shows, or None."""
     *body, last = ast.parse(source).body
     if not isinstance(last, ast.Expr):
         body, last = [*body, last], None
@@ -65,8 +65,8 @@ def test_the_cells_run_in_order_and_show_pictures(capsys):
     assert pathlib.Path.cwd() == ROOT and names["REPOSITORY"] == str(ROOT)
 
 
-def test_without_network_the_digits_stand_in(monkeypatch, tmp_path, capsys):
-    """Where nothing can be downloaded, they are trained, or taken as they are."""
+def test_without_network_the_notebook_uses_the_digits(monkeypatch, tmp_path, capsys):
+    """If nothing can be downloaded, the notebook trains the digits, or uses finished runs."""
     commands = []
 
     def remember(command, check):
@@ -88,7 +88,7 @@ def test_without_network_the_digits_stand_in(monkeypatch, tmp_path, capsys):
     assert "Continuing with small digits instead" in capsys.readouterr().out
 
 
-def test_where_no_clone_is_an_address_is_asked_for(monkeypatch, tmp_path):
+def test_without_a_clone_the_notebook_asks_for_a_repository(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AssertionError, match="set REPOSITORY"):

@@ -1,11 +1,11 @@
-"""A search for a public name finds one thing."""
+"""Tests that public names are unique, so that a search finds one definition."""
 
 import ast
 import collections
 
 from tests.test_layers import FILES
 
-# A family's benchmark parts: the same three functions in each family (sampling/programs.py).
+# Functions that each family defines for benchmarks (sampling/programs.py).
 CONTRACT = {"sampling_programs", "training_task", "training_loss"}
 
 

@@ -1,4 +1,4 @@
-"""The programs of docs/python.md, and public names' examples, are executed as they are written."""
+"""Tests the programs in docs/python.md and the examples in public docstrings by running them."""
 
 import dataclasses
 import inspect
@@ -40,7 +40,7 @@ PUBLIC = [
 
 
 class TinyNames:
-    """Loads tiny models in place of those that programs name, and records what takes long."""
+    """Loads tiny models instead of the named ones, and records calls that would take long."""
 
     def __init__(self):
         self.load, self.trained, self.converted = varjax.load, [], []
@@ -70,7 +70,7 @@ CONVERT = inspect.signature(from_torch.convert)
 
 @pytest.fixture
 def tiny_names(monkeypatch):
-    """Replaces what a machine without official weights and finished runs cannot do."""
+    """Replaces functions that need official weights or finished runs."""
     names = TinyNames()
     tokenizer = varjax.load_tokenizer(runs.untrained_var())
     experiment = Experiment(tiny.Tiny(), Digits(), "runs/digits", batch_size=32, steps=2)
@@ -98,13 +98,13 @@ def test_the_page_names_every_public_function():
 
 
 def examples(name: str) -> list[str]:
-    """Returns the programs in the docstring of a public name: what is indented within it."""
+    """Returns the programs in the docstring of a public name, which are its indented paragraphs."""
     paragraphs = inspect.cleandoc(getattr(varjax, name).__doc__).split("\n\n")
     indented = (x for x in paragraphs if all(re.match(" {4}", line) for line in x.splitlines()))
     return [textwrap.dedent(x) for x in indented]
 
 
-EXAMPLES = {name: examples(name) for name in PUBLIC}  # before any of them is replaced
+EXAMPLES = {name: examples(name) for name in PUBLIC}  # read before tests replace any of them
 
 
 def test_every_public_object_has_an_example():
@@ -114,7 +114,7 @@ def test_every_public_object_has_an_example():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC)
-def test_examples_run(name, tmp_path, monkeypatch, tiny_names):
+def test_docstring_examples_run(name, tmp_path, monkeypatch, tiny_names):
     monkeypatch.chdir(tmp_path)
     images_NHWC = DIGITS[:20]
     found = {"varjax": varjax, "jnp": jnp, "jax": jax, "dataclasses": dataclasses}
@@ -141,12 +141,12 @@ def test_examples_run(name, tmp_path, monkeypatch, tiny_names):
 
 
 @pytest.mark.slow
-def test_programs_run_one_after_the_other(tmp_path, monkeypatch, tiny_names):
+def test_programs_run_in_order(tmp_path, monkeypatch, tiny_names):
     monkeypatch.chdir(tmp_path)
     save(DIGITS[:30], "real.npz")
     save(DIGITS[30:60], "samples.npz")
     found: dict = {}
-    # Users' own programs and Optax promote types as JAX does by default.
+    # Users' programs and Optax rely on JAX's default promotion of dtypes and ranks.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for program in PROGRAMS:
             exec(program, found)
@@ -156,7 +156,7 @@ def test_programs_run_one_after_the_other(tmp_path, monkeypatch, tiny_names):
     assert tiny_names.exported
     assert found["dogs"] == [207, 207, "0:0.5+1:0.5"] and 207 in found["retrievers"]
     model = found["model"]
-    # Twenty images, because the program for that number was compiled above.
+    # Twenty images, because the program for this batch size is already compiled.
     plain = model.sample([3, 1] + [0] * 18, seed=0, guidance=1.0)[:2]
     np.testing.assert_allclose(found["images_SBHWC"][0], plain, atol=1e-5)
     np.testing.assert_allclose(found["brightness_B"], plain.mean((1, 2, 3)), atol=1e-5)

@@ -1,3 +1,5 @@
+"""Tests paths, rules and differences of trees."""
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,7 +10,7 @@ from varjax import trees
 PARAMS = {"blocks": {"q": {"kernel": jnp.ones((2, 3))}}, "head": [jnp.ones(1), jnp.ones(2)]}
 
 
-def test_paths_end_in_the_parameter_also_inside_optimizer_states():
+def test_paths_end_in_the_parameter_even_in_optimizer_states():
     assert list(trees.paths(PARAMS)) == ["blocks/q/kernel", "head/0", "head/1"]
     state = trees.paths(optax.adam(1e-3).init(PARAMS))
     assert {"0/mu/blocks/q/kernel", "0/nu/blocks/q/kernel", "0/count"} <= state.keys()

@@ -81,7 +81,7 @@ class Popen(subprocess.Popen):
 
     def _execute_child(self, *arguments):
         start = subprocess.Popen._execute_child  # pyright: ignore[reportAttributeAccessIssue]
-        if sys.platform != "linux":  # a process can adopt the server's only on Linux
+        if sys.platform != "linux":  # only there can this process adopt the server's
             return start(self, *arguments)
         given = inspect.signature(start).bind(self, *arguments).arguments
         request = {

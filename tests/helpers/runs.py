@@ -114,5 +114,5 @@ def _train(task, run, **settings) -> None:
     short = dict(batch_size=32, steps=2, eval_every=1)
     with folders.lock_folder(
         root(), wait=True
-    ):  # another process may have made it, or may be making it
+    ):  # another process may have made the run, or be making it
         loop.train(Experiment(task, Digits(), str(run), **short, **settings))
