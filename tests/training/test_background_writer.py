@@ -1,4 +1,4 @@
-"""What is only for watching a run: it may fail, hang or be slow, and nobody waits for it."""
+"""Tests that a run neither stops nor waits for log writers that fail, hang or are slow."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from varjax.training.background_writer import BackgroundWriter
 
 
 class Recorder:
-    """A writer that notes what it gets, and fails or waits as it is told."""
+    """Records its calls; `broken` and `broken_open` make it fail, clearing `let_go` blocks it."""
 
     def __init__(self):
         self.steps, self.opened, self.closed = [], [], 0
@@ -55,7 +55,7 @@ def wait_until(condition):
         time.sleep(0.005)
 
 
-def test_all_entries_arrive_in_order_and_then_it_is_closed(recorder):
+def test_entries_arrive_in_order_before_the_writer_is_closed(recorder):
     writer = BackgroundWriter("X", recorder.open)
     for step in range(500):
         writer.scalars(step, {"loss": 1.0})
@@ -65,8 +65,8 @@ def test_all_entries_arrive_in_order_and_then_it_is_closed(recorder):
     assert recorder.opened == [False]
 
 
-def test_entries_are_as_they_were_when_they_were_given(recorder):
-    """The loop may use the dictionary again."""
+def test_entries_are_copied_when_they_are_queued(recorder):
+    """The loop may change the dictionary afterwards."""
     seen = []
     recorder.scalars = lambda step, metrics: (recorder.let_go.wait(), seen.append(metrics))
     recorder.let_go.clear()
@@ -78,7 +78,7 @@ def test_entries_are_as_they_were_when_they_were_given(recorder):
     assert seen == [{"loss": 1.0}]
 
 
-def test_after_an_error_it_is_opened_again_and_says_so_twice(recorder, capfd):
+def test_a_failed_writer_is_reopened_and_prints_two_messages(recorder, capfd):
     writer = BackgroundWriter("X", recorder.open)
     writer.scalars(0, {})
     writer.drain(soon())
@@ -96,8 +96,8 @@ def test_after_an_error_it_is_opened_again_and_says_so_twice(recorder, capfd):
     assert recorder.opened == [False, True, True, True] and recorder.closed == 4
 
 
-def test_what_cannot_be_opened_keeps_its_entries_until_it_can(recorder):
-    """Entries wait in the queue; each attempt costs one."""
+def test_entries_stay_queued_while_the_writer_cannot_be_opened(recorder):
+    """Each failed attempt loses one entry; the others stay in the queue."""
     recorder.broken_open.set()
     writer = BackgroundWriter("X", recorder.open)
     for step in range(20):
@@ -111,7 +111,7 @@ def test_what_cannot_be_opened_keeps_its_entries_until_it_can(recorder):
     assert not any(recorder.opened), "it was never open before"
 
 
-def test_a_writer_that_hangs_costs_nobody_time_and_its_oldest_entries(recorder, monkeypatch, capfd):
+def test_a_hanging_writer_does_not_block_and_loses_its_oldest_entries(recorder, monkeypatch, capfd):
     monkeypatch.setattr(background_writer, "QUEUED_ENTRIES", 3)
     recorder.let_go.clear()
     writer = BackgroundWriter("X", recorder.open)
@@ -121,7 +121,7 @@ def test_a_writer_that_hangs_costs_nobody_time_and_its_oldest_entries(recorder, 
     for step in range(1, 11):
         writer.scalars(step, {})
     writer.drain(soon(0.05))
-    for _ in range(100):  # of which each would wait
+    for _ in range(100):  # 5 s if each of them waited
         writer.drain(soon(0.05))
     assert time.monotonic() - begin < 2
     recorder.let_go.set()
@@ -135,7 +135,7 @@ def test_a_writer_that_hangs_costs_nobody_time_and_its_oldest_entries(recorder, 
     assert "cannot keep up" in first and "7 entries were lost" in second
 
 
-def test_the_end_of_a_run_waits_for_a_hanging_writer_as_long_as_it_is_told(recorder, capfd):
+def test_close_waits_for_a_hanging_writer_only_until_the_deadline(recorder, capfd):
     recorder.let_go.clear()
     writer = BackgroundWriter("X", recorder.open)
     for step in (1, 2, 3):
@@ -147,7 +147,7 @@ def test_the_end_of_a_run_waits_for_a_hanging_writer_as_long_as_it_is_told(recor
     recorder.let_go.set()
 
 
-def test_large_pictures_do_not_pile_up(recorder, monkeypatch):
+def test_queued_pictures_have_a_size_limit(recorder, monkeypatch):
     monkeypatch.setattr(background_writer, "QUEUED_BYTES", 1000)
     recorder.let_go.clear()
     writer = BackgroundWriter("X", recorder.open)
@@ -160,7 +160,7 @@ def test_large_pictures_do_not_pile_up(recorder, monkeypatch):
     assert writer._queued_bytes == 0
 
 
-def test_a_writer_that_is_broken_to_the_end_does_not_hold_the_run(recorder, monkeypatch, capfd):
+def test_a_writer_that_never_works_does_not_delay_the_end(recorder, monkeypatch, capfd):
     monkeypatch.setattr(background_writer, "RETRY_SECONDS", 60.0)
     recorder.broken_open.set()
     writer = BackgroundWriter("X", recorder.open)
@@ -168,7 +168,7 @@ def test_a_writer_that_is_broken_to_the_end_does_not_hold_the_run(recorder, monk
         writer.scalars(step, {})
     wait_until(lambda: writer._failures == 1)
     begin = time.monotonic()
-    writer.drain(soon(5))  # what has failed is not waited for
+    writer.drain(soon(5))  # does not wait for a failed writer
     writer.close(soon(5))
     assert time.monotonic() - begin < 2
     assert "X: 3 entries were not written" in capfd.readouterr().err

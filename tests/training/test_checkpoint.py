@@ -28,7 +28,7 @@ PLACEMENT = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), ABSTR
 
 
 def state(step):
-    """A state in which every leaf depends on the step."""
+    """Returns a state with the step number in every element."""
     fill = lambda x: jnp.full(x.shape, step, x.dtype)  # noqa: E731
     return jax.tree.map(fill, ABSTRACT)
 
@@ -44,7 +44,7 @@ def equal(a, b):
     chex.assert_trees_all_equal(a, b)
 
 
-def test_the_last_steps_come_back_whole(tmp_path):
+def test_the_last_steps_are_restored(tmp_path):
     with Checkpoints(saved(tmp_path, 1, 2, 3)) as checkpoints:
         assert checkpoints.steps() == [2, 3]
         assert checkpoints.meta(2) == {"best": 1.0}
@@ -55,12 +55,12 @@ def test_the_last_steps_come_back_whole(tmp_path):
         equal(checkpoints.restore(ABSTRACT, PLACEMENT, step=2)[0], state(2))
 
 
-def test_milestones_stay(tmp_path):
+def test_milestones_are_kept(tmp_path):
     with Checkpoints(tmp_path, keep=1, keep_every=4) as checkpoints:
         for step in range(1, 8):
             checkpoints.save(step, state(step))
         assert checkpoints.steps() == [4, 7]
-    with Checkpoints(tmp_path, keep=1) as checkpoints:  # also where a later start keeps no others
+    with Checkpoints(tmp_path, keep=1) as checkpoints:  # even if a later start sets no keep_every
         checkpoints.save(8, state(8))
         assert checkpoints.steps() == [4, 8]
     with Checkpoints(tmp_path, keep=1, keep_every=3) as checkpoints:
@@ -69,7 +69,7 @@ def test_milestones_stay(tmp_path):
         assert checkpoints.steps() == [4, 9, 10]
 
 
-def test_nothing_saved_is_none_and_a_state_without_average_stays_without(tmp_path):
+def test_restoring_nothing_returns_none_and_the_ema_is_optional(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(ABSTRACT, PLACEMENT) is None
         checkpoints.save(1, state(1).replace(ema=None))
@@ -81,9 +81,9 @@ def test_nothing_saved_is_none_and_a_state_without_average_stays_without(tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no opt_state", "empty", "temporary"])
-def test_a_damaged_last_step_falls_back_to_the_one_before(tmp_path, damage, capsys):
+def test_restore_falls_back_to_the_step_before_a_damaged_one(tmp_path, damage, capsys):
     last = saved(tmp_path / "checkpoints", 1, 2) / "2"
-    if damage == "temporary":  # what a kill while saving leaves
+    if damage == "temporary":  # left by a process killed while saving
         last.rename(last.with_name("2.orbax-checkpoint-tmp"))
     elif damage == "no opt_state":
         shutil.rmtree(last / "opt_state")
@@ -104,7 +104,7 @@ def test_a_damaged_last_step_falls_back_to_the_one_before(tmp_path, damage, caps
 
 
 def replace_arrays(monkeypatch, change):
-    """Has Orbax return other arrays than it was given, as flipped bits on the disk do."""
+    """Makes Orbax return changed arrays, as flipped bits on the disk would."""
     restore = ocp.Checkpointer.restore
 
     def restore_changed(*arguments, **options):
@@ -115,7 +115,7 @@ def replace_arrays(monkeypatch, change):
 
 
 def flip_bit(tree):
-    """The tree with the lowest bit of one number flipped."""
+    """Returns the tree with the lowest bit of one number flipped."""
     leaves, structure = jax.tree.flatten(tree)
     largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
     bits = np.array(leaves[largest])
@@ -125,13 +125,13 @@ def flip_bit(tree):
 
 
 @pytest.mark.parametrize("damaged", STATE_TREES)
-def test_a_flipped_bit_is_damage(tmp_path, monkeypatch, damaged, capsys):
+def test_a_flipped_bit_is_detected(tmp_path, monkeypatch, damaged, capsys):
     def change(path, name, tree):
         return flip_bit(tree) if (path.name, name) == ("2", damaged) else tree
 
     saved(tmp_path / "checkpoints", 1, 2)
     replace_arrays(monkeypatch, change)
-    if damaged != "opt_state":  # weights alone come from the step before, and nothing is moved
+    if damaged != "opt_state":  # reading weights falls back to step 1, and moves nothing
         weights = restore_weights(tmp_path, ema=damaged == "ema")
         equal(weights, getattr(state(1), damaged))
         said = capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_a_flipped_bit_is_damage(tmp_path, monkeypatch, damaged, capsys):
 
 
 @pytest.mark.parametrize("change", ["other", "of the step before", "another step's number"])
-def test_other_data_than_were_saved_with_a_step_are_damage(tmp_path, change):
+def test_changed_meta_is_detected_as_damage(tmp_path, change):
     saved(tmp_path / "checkpoints", 1, 2)
     path = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
     record = files.read_json(path)
@@ -166,8 +166,8 @@ def test_other_data_than_were_saved_with_a_step_are_damage(tmp_path, change):
         checkpoints.save(2, state(2), {"best": 1.0})
 
 
-def test_a_step_whose_data_are_damaged_is_saved_again(tmp_path):
-    """As when the same best one comes again after a restart."""
+def test_a_step_with_damaged_meta_is_saved_again(tmp_path):
+    """After a restart, the same step may become the best one again."""
     saved(tmp_path, 1, 2)
     (tmp_path / "2" / "meta" / "metadata").write_text("")
     with Checkpoints(tmp_path) as checkpoints:
@@ -176,7 +176,7 @@ def test_a_step_whose_data_are_damaged_is_saved_again(tmp_path):
         equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0].params, state(3).params)
 
 
-def test_steps_of_older_versions_are_read_without_a_check(tmp_path, monkeypatch):
+def test_steps_of_older_versions_are_not_verified(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("varjax.training.checkpoint.make_record", lambda step, meta, *_: meta)
         saved(tmp_path / "checkpoints", 1, 2)
@@ -189,7 +189,7 @@ def test_steps_of_older_versions_are_read_without_a_check(tmp_path, monkeypatch)
 
 
 def bare(cause):
-    """What Orbax raises where arrays cannot be read."""
+    """Returns what Orbax raises if arrays cannot be read."""
     error = Exception("Failed to restore")
     error.__cause__ = cause
     return error
@@ -204,7 +204,7 @@ def bare(cause):
         OSError(errno.EIO, "Input/output error"),
     ],
 )
-def test_bare_exceptions_and_bad_sectors_cost_one_checkpoint(tmp_path, monkeypatch, error):
+def test_a_step_with_bad_sectors_or_bare_exceptions_is_skipped(tmp_path, monkeypatch, error):
     saved(tmp_path / "checkpoints", 1, 2)
     arrays_of_2 = lambda path, options: path.name == "2" and "meta" not in options["args"].keys()  # noqa: E731
     with monkeypatch.context() as patch:
@@ -217,7 +217,7 @@ def test_bare_exceptions_and_bad_sectors_cost_one_checkpoint(tmp_path, monkeypat
     equal(restore_weights(tmp_path, ema=False), state(2).params)
 
 
-def test_a_disk_that_fails_for_all_steps_is_no_damage(tmp_path, monkeypatch):
+def test_a_disk_that_fails_for_all_steps_is_not_damage(tmp_path, monkeypatch):
     saved(tmp_path / "checkpoints", 1, 2)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         failing(monkeypatch, 8, OSError(errno.EIO, "Input/output error"))
@@ -228,7 +228,7 @@ def test_a_disk_that_fails_for_all_steps_is_no_damage(tmp_path, monkeypatch):
         assert checkpoints.steps() == [1, 2] and not (tmp_path / "unreadable").exists()
 
 
-def test_errors_of_devices_stay_what_they_are(tmp_path, monkeypatch):
+def test_device_errors_are_raised_unchanged(tmp_path, monkeypatch):
     saved(tmp_path / "checkpoints", 1, 2)
     lost = jax.errors.JaxRuntimeError("INTERNAL: a peer has gone")
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -247,10 +247,8 @@ def test_errors_of_devices_stay_what_they_are(tmp_path, monkeypatch):
         (untrusted, "bytes_on_disk"),
     ],
 )
-def test_weights_are_read_beside_a_run_that_deletes_the_step_first(
-    tmp_path, monkeypatch, owner, name
-):
-    """The step that was listed is gone, twice in a row; then the newest one is read."""
+def test_weights_are_read_while_a_run_deletes_old_steps(tmp_path, monkeypatch, owner, name):
+    """Twice, the listed step is deleted before it is read; then the newest one is read."""
     saved(tmp_path / "checkpoints", 1)
     whole, steps = getattr(owner, name), iter((2, 3))
 
@@ -266,7 +264,7 @@ def test_weights_are_read_beside_a_run_that_deletes_the_step_first(
 
 
 def failing(monkeypatch, times, *errors, where=lambda *_: True):
-    """The next reads fail, so many times with each of the errors."""
+    """Makes the next reads raise each of the errors, `times` times."""
     restore, left = ocp.Checkpointer.restore, [error for error in errors for _ in range(times)]
 
     def restore_or_fail(*arguments, **options):
@@ -278,7 +276,7 @@ def failing(monkeypatch, times, *errors, where=lambda *_: True):
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
-def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch, code, capsys):
+def test_a_read_that_fails_once_is_retried(tmp_path, monkeypatch, code, capsys):
     saved(tmp_path / "checkpoints", 1, 2)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         failing(monkeypatch, 1, OSError(code, os.strerror(code)))
@@ -289,7 +287,7 @@ def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch, code, caps
 
 
 @pytest.mark.parametrize("name", ["meta/metadata", "params/manifest.ocdbt"])
-def test_a_pipe_in_a_checkpoint_is_damage_and_not_waited_for(tmp_path, capsys, name):
+def test_a_pipe_in_a_checkpoint_is_damage_and_does_not_block(tmp_path, capsys, name):
     saved(tmp_path / "checkpoints", 1, 2)
     file = tmp_path / "checkpoints" / "2" / name
     file.unlink()
@@ -304,12 +302,12 @@ def test_a_pipe_in_a_checkpoint_is_damage_and_not_waited_for(tmp_path, capsys, n
     "error",
     [
         OSError(errno.EACCES, "Permission denied"),
-        OSError(errno.EHOSTDOWN, "Host is down"),  # CIFS that connects again
+        OSError(errno.EHOSTDOWN, "Host is down"),  # CIFS while it reconnects
         OSError(errno.ESHUTDOWN, "Cannot send after transport endpoint shutdown"),  # Lustre
         ValueError("RESOURCE_EXHAUSTED: Failed to open: Too many open files [os_error_code='24']"),
     ],
 )
-def test_what_the_machine_lacks_costs_no_checkpoint(tmp_path, monkeypatch, error):
+def test_errors_of_the_machine_move_no_checkpoint_aside(tmp_path, monkeypatch, error):
     saved(tmp_path / "checkpoints", 1, 2)
     wrapped = KeyError("in between")
     wrapped.__cause__ = error
@@ -325,7 +323,7 @@ def test_what_the_machine_lacks_costs_no_checkpoint(tmp_path, monkeypatch, error
         equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0], state(2))
 
 
-def test_without_file_descriptors_no_checkpoint_is_lost(tmp_path):
+def test_running_out_of_file_descriptors_loses_no_checkpoint(tmp_path):
     with Checkpoints(saved(tmp_path / "checkpoints", 1, 2)) as checkpoints:
         checkpoints.restore(ABSTRACT, PLACEMENT)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -338,7 +336,7 @@ def test_without_file_descriptors_no_checkpoint_is_lost(tmp_path):
         assert checkpoints.steps() == [1, 2] and not (tmp_path / "unreadable").exists()
 
 
-def test_a_last_save_that_fails_is_said_with_what_is_good(tmp_path, monkeypatch):
+def test_a_failed_last_save_is_reported_with_the_good_steps(tmp_path, monkeypatch):
     rename = os.rename
 
     def refuse(source, target):
@@ -355,7 +353,7 @@ def test_a_last_save_that_fails_is_said_with_what_is_good(tmp_path, monkeypatch)
 
 
 def with_another_process(monkeypatch, outcome):
-    """What this process reads is read well; what another one reads has this outcome."""
+    """Imitates a second process, whose reads have this outcome."""
 
     def on_both(action):
         mine = distributed._outcome(action)
@@ -367,7 +365,7 @@ def with_another_process(monkeypatch, outcome):
     monkeypatch.setattr(saved_steps, "on_all_processes", on_both)
 
 
-def test_what_another_process_lacks_ends_all_of_them(tmp_path, monkeypatch):
+def test_a_storage_error_in_one_process_is_raised_in_all(tmp_path, monkeypatch):
     with Checkpoints(saved(tmp_path / "checkpoints", 1, 2)) as checkpoints:
         lacks = {"kind": "StorageError", "error": "2 cannot be read now"}
         with_another_process(monkeypatch, lacks)
@@ -376,7 +374,7 @@ def test_what_another_process_lacks_ends_all_of_them(tmp_path, monkeypatch):
         assert checkpoints.steps() == [1, 2]
 
 
-def test_damage_that_only_another_process_sees_is_damage_for_all(tmp_path, monkeypatch):
+def test_damage_seen_by_one_process_is_damage_for_all(tmp_path, monkeypatch):
     with Checkpoints(saved(tmp_path / "checkpoints", 1, 2)) as checkpoints:
         with_another_process(monkeypatch, {"kind": "DamagedFileError", "error": "a bit"})
         with pytest.raises(InputError, match=r"no checkpoint of \[1, 2\] (.|\n)*process 1: a bit"):
@@ -384,7 +382,7 @@ def test_damage_that_only_another_process_sees_is_damage_for_all(tmp_path, monke
         assert checkpoints.steps() == [1, 2]
 
 
-def test_when_no_step_can_be_read_nothing_is_thrown_away(tmp_path):
+def test_nothing_is_moved_if_no_step_can_be_read(tmp_path):
     for file in pathlib.Path(saved(tmp_path, 1)).rglob("_METADATA"):
         file.unlink()
     with Checkpoints(tmp_path) as checkpoints:
@@ -393,7 +391,7 @@ def test_when_no_step_can_be_read_nothing_is_thrown_away(tmp_path):
         assert checkpoints.steps() == [1]
 
 
-def test_another_model_is_refused_with_all_that_differs(tmp_path):
+def test_another_model_is_refused_with_the_differences(tmp_path):
     other = jax.eval_shape(tiny.Tiny(width=5).init, jax.random.key(0))
     with Checkpoints(saved(tmp_path, 1)) as checkpoints:
         with pytest.raises(ValueError, match=r"misshapen:  up/kernel is \(64, 4\) float32"):
@@ -401,11 +399,11 @@ def test_another_model_is_refused_with_all_that_differs(tmp_path):
 
 
 def configured(directory, keep_best):
-    """The settings of a run, as far as they tell which weights it is used with."""
+    """Writes a config.json with only the setting that decides which weights are read."""
     files.write_json(directory / "config.json", {"keep_best": keep_best})
 
 
-def test_weights_alone_need_no_knowledge_of_the_model(tmp_path):
+def test_weights_are_read_without_a_config_of_the_model(tmp_path):
     saved(tmp_path / "checkpoints", 1, 3)
     equal(restore_weights(tmp_path), state(3).ema)
     saved(tmp_path / "best", 2, keep=1, keep_best="eval_ema/loss")
@@ -416,7 +414,7 @@ def test_weights_alone_need_no_knowledge_of_the_model(tmp_path):
         restore_weights(tmp_path / "checkpoints")
 
 
-def test_a_location_names_a_checkpoint_of_its_run(tmp_path):
+def test_a_location_can_name_a_checkpoint_of_a_run(tmp_path):
     run = tmp_path / "run"
     saved(run / "checkpoints", 1, 3)
     settings = {"task": {"_type": "Tiny"}, "keep_best": "eval_ema/loss"}
@@ -430,20 +428,20 @@ def test_a_location_names_a_checkpoint_of_its_run(tmp_path):
         equal(open_weights(f"{tmp_path}/{name}").restore(False), state(step).params)
     with pytest.raises(InputError, match=r"run@4: the run has checkpoints of steps \[1, 2, 3\]"):
         open_weights(f"{run}@4").restore()
-    run.rename(tmp_path / "run@4")  # a directory whose name has an @
+    run.rename(tmp_path / "run@4")  # a directory whose name contains @
     equal(open_weights(tmp_path / "run@4").restore(), state(2).ema)
     equal(open_weights(tmp_path / "run@4@1").restore(), state(1).ema)
 
 
 @pytest.mark.parametrize("now", ["", "eval_ema/accuracy"])
-def test_a_best_by_another_setting_than_the_run_s_is_not_used(tmp_path, now):
+def test_a_best_step_chosen_by_another_keep_best_is_not_used(tmp_path, now):
     saved(tmp_path / "checkpoints", 3)
     saved(tmp_path / "best", 2, keep=1, keep_best="eval_ema/loss")
     configured(tmp_path, now)
     equal(restore_weights(tmp_path), state(3).ema)
 
 
-def test_meta_is_rewritten_and_the_arrays_stay(tmp_path):
+def test_rewriting_meta_keeps_the_arrays(tmp_path):
     with Checkpoints(saved(tmp_path, 1, 2)) as checkpoints:
         checkpoints.rewrite_meta(2, {"best": 7.0})
         assert checkpoints.meta(2) == {"best": 7.0}
@@ -457,7 +455,7 @@ def test_meta_is_rewritten_and_the_arrays_stay(tmp_path):
     ("metric", "name"),
     [("eval/loss", "params"), ("max:eval/loss", "params"), ("eval_ema/loss", "ema")],
 )
-def test_the_best_is_loaded_as_it_was_chosen(tmp_path, metric, name):
+def test_the_best_step_returns_the_weights_that_were_measured(tmp_path, metric, name):
     weights = {"params": {"w": jnp.zeros(1)}, "ema": {"w": jnp.ones(1)}}
     with Checkpoints(tmp_path / "best", keep=1) as best:
         best.save(1, TrainState(jnp.int32(1), **weights, opt_state=None), {"keep_best": metric})
@@ -467,7 +465,7 @@ def test_the_best_is_loaded_as_it_was_chosen(tmp_path, metric, name):
     assert not (tmp_path / "best" / "1" / "opt_state").exists()
 
 
-def test_a_step_saved_again_is_left_alone_unless_its_meta_changed(tmp_path):
+def test_saving_a_step_again_changes_nothing_unless_meta_differs(tmp_path):
     saved(tmp_path, 2, 4)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(4, state(5), {"best": 2.0})
@@ -488,7 +486,7 @@ def test_reading_does_not_disturb_a_run_that_is_saving(tmp_path):
     assert saving.is_dir()
 
 
-def test_a_run_without_average_gives_its_parameters(tmp_path):
+def test_weights_of_a_run_without_ema_are_its_parameters(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, state(1).replace(ema=None))
     equal(restore_weights(tmp_path), state(1).params)

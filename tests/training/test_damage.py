@@ -1,6 +1,7 @@
-"""A sample of `make damage`: files of runs damaged in every way, and what is read then.
+"""Runs a sample of `make damage`, which damages files of runs and checks what is read then.
 
-In processes of their own, for TensorStore may report a failed read when its event loop is closed.
+Each sweep is a separate process, because TensorStore may report failed reads to an event loop that
+is already closed.
 """
 
 import json
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def sweep(folder, *flags):
-    """Returns the report of each part of the sweep."""
+    """Runs a sweep and returns its reports by part."""
     command = [sys.executable, "-m", "tests.helpers.damage_sweep", f"--folder={folder}", *flags]
     done = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,6 +32,6 @@ def test_flipped_bits_and_damaged_files_are_detected_or_harmless(tmp_path):
         assert reports[part]["detected"] > 4
 
 
-def test_two_processes_continue_after_damage_and_end_equal_to_the_bit(tmp_path):
+def test_two_processes_continue_bit_identically_after_damage(tmp_path):
     (report,) = sweep(tmp_path / "sweep", "--processes=2", "--limit=3").values()
     assert report["harmless"] + report["detected"] == 3

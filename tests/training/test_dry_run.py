@@ -13,7 +13,7 @@ from varjax.training.run_dir import write_config
 
 
 @pytest.mark.slow
-def test_it_takes_a_step_and_writes_nothing(tmp_path):
+def test_a_dry_run_takes_a_step_and_writes_nothing(tmp_path):
     lines = []
     dry_run(tiny.experiment(tmp_path / "run", accumulate=2), lines.append)
     said = "\n".join(lines)
@@ -30,7 +30,7 @@ def test_it_takes_a_step_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_training_refuses_it_refuses(tmp_path):
+def test_a_dry_run_refuses_settings_that_training_refuses(tmp_path):
     write_config(tiny.experiment(tmp_path))
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     with pytest.raises(InputError, match="task.width: 16 in the run, 4 in the config"):
@@ -48,7 +48,7 @@ def test_what_training_refuses_it_refuses(tmp_path):
         ({"fork_from": "absent"}, "absent has no checkpoint"),
     ],
 )
-def test_it_refuses_what_training_refuses_after_its_set_up(tmp_path, changes, message):
+def test_a_dry_run_refuses_what_training_refuses_after_setup(tmp_path, changes, message):
     experiment = tiny.experiment(tmp_path / "run", **changes)
     for start in (dry_run, loop.train):
         with pytest.raises(InputError, match=message):
@@ -56,7 +56,7 @@ def test_it_refuses_what_training_refuses_after_its_set_up(tmp_path, changes, me
 
 
 @pytest.mark.slow
-def test_it_refuses_what_training_refuses_at_its_first_step(whole, tmp_path):
+def test_a_dry_run_refuses_other_images_and_nonfinite_steps(whole, tmp_path):
     copy = shutil.copytree(whole[0], tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "30")
     data = files.read_json(copy / "data.json")
@@ -70,7 +70,7 @@ def test_it_refuses_what_training_refuses_at_its_first_step(whole, tmp_path):
             start(exploding)
 
 
-def test_a_run_with_a_checkpoint_has_its_own_frozen_weights(whole, tmp_path):
+def test_a_dry_run_uses_the_frozen_weights_of_an_existing_run(whole, tmp_path):
     copy = shutil.copytree(whole[0], tmp_path / "run")
     settings = dict(keep_best="eval/loss", preview_every=20, offset_file=str(tmp_path / "absent"))
     config = files.read_json(copy / "config.json")
@@ -84,7 +84,7 @@ def test_a_run_with_a_checkpoint_has_its_own_frozen_weights(whole, tmp_path):
     assert lines[-1].startswith("everything works")
 
 
-def test_a_run_with_a_checkpoint_no_longer_needs_what_it_started_from(whole, tmp_path):
+def test_a_run_with_a_checkpoint_no_longer_needs_its_fork_source(whole, tmp_path):
     copy = shutil.copytree(whole[0], tmp_path / "run")
     lines = []
     settings = dict(keep_best="eval/loss", preview_every=20, fork_from="absent")

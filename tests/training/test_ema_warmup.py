@@ -1,4 +1,4 @@
-"""The decay of EMA weights may rise with the updates, in all tasks, and a restart knows it."""
+"""Tests the warm-up of the EMA decay, in every task and over a restart."""
 
 import dataclasses
 import functools
@@ -30,12 +30,12 @@ TASKS = {
 @pytest.mark.parametrize(
     ("updates", "decay"), [(0, 0.1), (8, 0.5), (890, 0.99), (891, 0.99), (10**6, 0.99)]
 )
-def test_the_decay_rises_to_its_value(updates, decay):
+def test_the_decay_rises_to_ema_decay(updates, decay):
     found = train_step.warmed_up_decay(DECAY, jnp.int32(updates))
     np.testing.assert_allclose(found, decay, rtol=1e-6)
 
 
-def test_an_average_soon_forgets_where_it_started():
+def test_a_warmed_up_ema_soon_forgets_the_initial_parameters():
     optimizer = AdamW(base_lr=1.0, schedule="constant", warmup=0.0)
     state = train_step.create_state({"w": jnp.ones(3)}, optimizer, DECAY)
     update = functools.partial(
@@ -52,12 +52,12 @@ def test_an_average_soon_forgets_where_it_started():
         decay = (1 + updates) / (10 + updates)
         expected = decay * expected + (1 - decay) * np.asarray(state.params["w"])
     np.testing.assert_allclose(state.ema["w"], expected, rtol=1e-6)
-    assert 0.1 * 2 / 11 * 3 / 12 < 1 - DECAY  # of the start, what is left after three updates
+    assert 0.1 * 2 / 11 * 3 / 12 < 1 - DECAY  # the weight of the initial parameters
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_has_the_option_and_by_default_a_constant_decay(name, monkeypatch):
-    """The step is only traced: what matters is which decay it asks for."""
+def test_ema_warmup_is_off_by_default_and_works_in_every_task(name, monkeypatch):
+    """Only traces the step, which is enough to see which decay it asks for."""
     task = TASKS[name]
     assert not task.ema_warmup
     task = dataclasses.replace(task, ema_decay=DECAY, ema_warmup=True)
@@ -82,7 +82,7 @@ def test_every_task_has_the_option_and_by_default_a_constant_decay(name, monkeyp
     chex.assert_trees_all_equal_shapes_and_dtypes(after.ema, state.ema)
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_average(tmp_path):
+def test_an_interrupted_run_ends_with_the_same_ema(tmp_path):
     settings = dict(steps=6, save_every=3, eval_every=0, ema_decay=DECAY, ema_warmup=True)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     loop.train(tiny.experiment(whole, **settings))

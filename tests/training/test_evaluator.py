@@ -16,7 +16,7 @@ def evaluator(accumulate):
     return Evaluator(task, loader, {}, mesh, BATCH), state
 
 
-def test_what_fits_in_training_by_microbatches_fits_in_evaluation():
+def test_microbatches_reduce_the_memory_of_an_evaluation():
     def temporaries(accumulate):
         found, state = evaluator(accumulate)
         return found.compile(state).memory_analysis().temp_size_in_bytes
@@ -24,7 +24,7 @@ def test_what_fits_in_training_by_microbatches_fits_in_evaluation():
     assert temporaries(8) < temporaries(1) / 4
 
 
-def test_microbatches_change_no_metric():
+def test_microbatches_do_not_change_metrics():
     found = [e.metrics(state) for e, state in map(evaluator, (1, 8))]
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert {"eval/loss", "eval_ema/accuracy"} <= found[0].keys()

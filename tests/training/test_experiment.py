@@ -19,10 +19,10 @@ from varjax.training.run_dir import check_config, check_or_write_data, write_con
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Has the free settings of a transformer's task."""
+    """Has changeable fields like those of a transformer's task."""
 
     tokenizer_weights: str = "here"
-    compute: tiny.AdamW = tiny.AdamW()  # any settings will do
+    compute: tiny.AdamW = tiny.AdamW()  # any nested settings
     width: int = 4
     plan: tiny.Plan = tiny.Plan()
 
@@ -31,7 +31,7 @@ def experiment(run_dir, **changes):
     return dataclasses.replace(tiny.experiment(run_dir), task=Task(**changes))
 
 
-def test_what_the_run_s_steps_do_not_depend_on_may_change(tmp_path):
+def test_settings_that_do_not_affect_the_steps_may_change(tmp_path):
     write_config(experiment(tmp_path))
     compute = tiny.AdamW(clip=1.0)
     changed = experiment(tmp_path, tokenizer_weights="there", compute=compute)
@@ -43,7 +43,7 @@ def test_what_the_run_s_steps_do_not_depend_on_may_change(tmp_path):
     assert "elsewhere" not in str(error.value)
 
 
-def test_a_field_the_run_does_not_know_must_keep_its_default(tmp_path):
+def test_a_field_newer_than_the_run_must_keep_its_default(tmp_path):
     write_config(experiment(tmp_path))
     path = tmp_path / "config.json"
     config = files.read_json(path)
@@ -56,7 +56,7 @@ def test_a_field_the_run_does_not_know_must_keep_its_default(tmp_path):
     assert files.read_json(path)["task"]["width"] == 4
 
 
-def test_a_run_remembers_its_images_which_may_move_but_not_change(tmp_path):
+def test_images_of_a_run_may_move_but_not_change(tmp_path):
     def run_on(root, held_out="val"):
         data = Folder(root, held_out=held_out)
         e = dataclasses.replace(experiment(tmp_path / "run"), data=data)
@@ -74,7 +74,7 @@ def test_a_run_remembers_its_images_which_may_move_but_not_change(tmp_path):
     assert about["class_names"] == ["cat", "dog"] and about["train"]["images"] == 2
     pathlib.Path("x").rename("moved")
     put("moved/val/dog/1.png")
-    run_on("moved")  # the steps are the same, also when more images are held out
+    run_on("moved")  # the steps stay the same, even with more held-out images
     assert files.read_json(tmp_path / "run/data.json")["held_out"]["images"] == 2
     put("moved/train/dog/2.png")
     with pytest.raises(ValueError, match=r"other images:\n  train.images: 2 in the run, 3 in"):
@@ -85,7 +85,7 @@ def test_a_run_remembers_its_images_which_may_move_but_not_change(tmp_path):
         run_on("moved")
 
 
-def test_a_run_on_latents_remembers_how_they_were_made(tmp_path):
+def test_a_run_refuses_latents_made_with_other_settings(tmp_path):
     about = {
         "tokenizer_identity": {"weights": "ab"},
         "latent_spec": {"tokens_BL": {"shape": [5], "dtype": "uint16"}},
@@ -114,22 +114,22 @@ def test_a_run_on_latents_remembers_how_they_were_made(tmp_path):
         run_on("c", latent_spec=stored)
     path = tmp_path / "run/data.json"
     old = {k: v for k, v in files.read_json(path).items() if k not in ("settings", "latent_spec")}
-    files.write_json(path, old)  # of an older version, which did not know
+    files.write_json(path, old)  # written by an older version, without these entries
     run_on("b", **other)
     assert files.read_json(path)["settings"]["crop"] == "center"
 
 
-def test_a_numpy_that_draws_other_numbers_is_refused(tmp_path, monkeypatch):
+def test_a_numpy_that_draws_different_numbers_is_refused(tmp_path, monkeypatch):
     e = tiny.experiment(tmp_path)
     check_or_write_data(e)
-    monkeypatch.setattr(np, "__version__", "9.0")  # another one that draws the same
+    monkeypatch.setattr(np, "__version__", "9.0")  # another version that draws the same numbers
     check_or_write_data(e)
     monkeypatch.setattr(checks, "random_numbers_digest", lambda: "0123")
     with pytest.raises(InputError, match="NumPy 9.0, which draws other random numbers than 9.0"):
         check_or_write_data(e)
 
 
-def test_a_pillow_that_makes_other_pixels_is_refused(tmp_path, monkeypatch):
+def test_a_pillow_that_makes_different_pixels_is_refused(tmp_path, monkeypatch):
     for path in ("x/train/cat/1.png", "x/val/cat/1.png"):
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8)).save(path)
@@ -145,12 +145,12 @@ def test_a_pillow_that_makes_other_pixels_is_refused(tmp_path, monkeypatch):
     ):
         check_or_write_data(e)
     old = {k: v for k, v in whole.items() if k not in ("pixels", "starts", "jax", "numpy")}
-    files.write_json(path, old)  # of an older version of varjax
+    files.write_json(path, old)  # written by an older version of varjax
     check_or_write_data(e)
     assert files.read_json(path)["pixels"] == "0123"
 
 
-def test_other_draws_of_jax_are_said_and_versions_recorded(tmp_path, monkeypatch, capsys):
+def test_different_jax_draws_are_reported_and_versions_recorded(tmp_path, monkeypatch, capsys):
     e = tiny.experiment(tmp_path)
     check_or_write_data(e)
     check_or_write_data(e)

@@ -1,4 +1,4 @@
-"""FID as a run goes: by fixed seeds, of parameters and their average, in the run's own files."""
+"""Tests FID during training: of the parameters and the EMA, with fixed seeds."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def state():
     return tiny.Tiny().init(jax.random.key(3))
 
 
-def test_it_is_the_distance_of_the_images_that_are_drawn():
+def test_fid_is_the_distance_of_the_drawn_images():
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(40))
     extract, draw = FeatureExtractor(pixel_network()), tiny.Tiny().sampler()
     real = Moments.of(extract(Digits().source("held_out").images_NHWC)["pool_ND"])
@@ -52,14 +52,14 @@ def test_it_is_the_distance_of_the_images_that_are_drawn():
         return frechet_distance(Moments.of(features["pool_ND"]), real)
 
     found = evaluator().metrics(state())
-    # Equally many of each class, one after the other; with other labels it is another distance.
+    # Labels cycle through the classes; other labels give another distance.
     assert found["eval/fid"] == pytest.approx(distance(np.arange(40) % 10), rel=1e-5)
     for wrong_B in (np.zeros(40, int), np.arange(40) // 4, np.arange(40) % 9):
         assert found["eval/fid"] != pytest.approx(distance(wrong_B), rel=1e-4)
     assert list(found) == evaluator().metric_names(state())
 
 
-def test_batches_change_nothing_and_another_seed_does():
+def test_fid_depends_on_the_seed_but_not_on_the_batch_size():
     first, other = (evaluator(batch_size=size).metrics(state()) for size in (16, 40))
     assert first["eval/fid"] == pytest.approx(other["eval/fid"], rel=1e-6)
     again = evaluator(dataclasses.replace(FID, seed=1)).metrics(state())
@@ -68,21 +68,21 @@ def test_batches_change_nothing_and_another_seed_does():
 
 @dataclasses.dataclass(frozen=True)
 class Inverted(Digits):
-    """Other images under the same names."""
+    """The digits, inverted, under the same names."""
 
     def source(self, split):
         source = super().source(split)
         return dataclasses.replace(source, images_NHWC=255 - source.images_NHWC)
 
 
-def test_held_out_images_that_change_under_the_same_names_are_measured_again(monkeypatch):
+def test_changed_held_out_images_are_measured_again(monkeypatch):
     before = evaluator().metrics(state())
     assert evaluator(data=Inverted()).metrics(state()) != before
     monkeypatch.setattr(references, "extract_features", None)  # nothing is computed again
     assert evaluator().metrics(state()) == before
 
 
-def test_a_classifier_also_checks_the_classes_of_what_is_drawn(tmp_path):
+def test_a_classifier_also_measures_label_accuracy(tmp_path):
     config = dataclasses.replace(FID, features=str(write_untrained(tmp_path / "weights")))
     found = evaluator(config).metrics(state())
     assert list(found) == evaluator(config).metric_names(state())
@@ -96,11 +96,11 @@ def test_a_classifier_also_checks_the_classes_of_what_is_drawn(tmp_path):
     assert found["eval/inception_score"] > 1
 
 
-def test_it_can_be_stopped():
+def test_an_evaluation_can_be_stopped():
     assert evaluator().metrics(state(), stop=lambda: True) is None
 
 
-def test_a_run_logs_it_and_keeps_the_best_by_it(tmp_path):
+def test_a_run_logs_fid_and_keeps_the_best_by_it(tmp_path):
     e = tiny.experiment(
         tmp_path / "run", steps=20, eval_every=10, keep_best="eval_ema/fid", fid=FID, save_every=10
     )
@@ -113,7 +113,7 @@ def test_a_run_logs_it_and_keeps_the_best_by_it(tmp_path):
     assert (tmp_path / "run/best" / str(best)).is_dir()
 
 
-def test_what_cannot_be_measured_is_refused_before_the_run(tmp_path):
+def test_invalid_fid_settings_are_refused_before_the_run(tmp_path):
     with pytest.raises(InputError, match="a tokenizer draws no images"):
         evaluator(task=VQTask(runs.TOKENIZER))
     with pytest.raises(InputError, match="inception is missing"):
@@ -128,11 +128,11 @@ def test_what_cannot_be_measured_is_refused_before_the_run(tmp_path):
             tiny.experiment(tmp_path, fid=dataclasses.replace(FID, **wrong)).check()
     e = tiny.experiment(tmp_path / "run", eval_every=5, keep_best="eval/fid", fid=FID)
     with pytest.raises(InputError, match="keep_best is 'eval/fid', but an evaluation gives"):
-        loop.train(e)  # not at every evaluation
+        loop.train(e)  # not every evaluation measures FID
 
 
-def test_samples_that_are_nan_have_no_distance(capsys):
-    """As uint8 they would be black, and have one."""
+def test_fid_is_nan_if_samples_are_nan(capsys):
+    """As uint8 they would be black images with a finite FID."""
 
     class Broken(tiny.Tiny):
         def sampler(self):

@@ -10,7 +10,7 @@ from varjax.training import initial_weights
 
 
 class Weights(tiny.Tiny):
-    """A task whose pretrained weights are these numbers; None where they are gone."""
+    """A task whose pretrained weights are `numbers`; None if they are gone."""
 
     numbers = np.arange(100, dtype=np.float32)
 
@@ -45,7 +45,7 @@ KINDS = ["removed", "flipped", "zeroed", "halved"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_copy_is_made_again_of_the_same_weights(tmp_path, kind, capsys):
+def test_a_damaged_copy_is_made_again_from_the_same_weights(tmp_path, kind, capsys):
     np.testing.assert_array_equal(read(tmp_path), Weights.numbers)
     np.testing.assert_array_equal(read(tmp_path, None), Weights.numbers)  # the copy is enough
     content = (tmp_path / "frozen.safetensors").read_bytes()
@@ -73,8 +73,8 @@ def test_a_damaged_copy_is_not_replaced_by_other_weights(tmp_path, kind):
             read(tmp_path)
 
 
-def test_frozen_weights_of_the_first_process_are_waited_for(tmp_path, monkeypatch):
-    """Another one that does not see the file yet would train without them."""
+def test_processes_wait_for_the_copy_of_the_first_process(tmp_path, monkeypatch):
+    """A process that does not see the file yet would train without frozen weights."""
     path = tmp_path / "frozen.safetensors"
     write = lambda: files.write_tensors(path, {"offset": np.float32(3)}, {})  # noqa: E731
     monkeypatch.setattr(initial_weights, "on_first_process", lambda _: True)

@@ -11,7 +11,7 @@ from varjax.training.sharding import Prefetcher
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock that stands still but where it is set: now[0] += 5."""
+    """Returns a clock that only moves when a test sets it, as in now[0] += 5."""
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     return clock
@@ -48,9 +48,9 @@ def line(step, step_seconds, **others):
 @pytest.mark.parametrize(
     ("start", "lost_seconds", "lost_steps"),
     [
-        (60, 0, 0),  # stopped by a signal, after this step
-        (50, 14, 10),  # of 1.4 s each
-        (40, 14 + 10, 20),  # and half of those between the lines 30 and 50
+        (60, 0, 0),  # a signal stopped the run after this step
+        (50, 14, 10),  # 10 steps of 1.4 s
+        (40, 14 + 10, 20),  # and half of the steps between the lines of 30 and 50
         (0, 64, 60),  # nothing was saved
     ],
 )
@@ -64,13 +64,13 @@ def test_steps_after_the_last_checkpoint_are_lost(start, lost_seconds, lost_step
     assert found["goodput/save_seconds"] == 5
 
 
-def test_runs_of_before_have_no_goodput():
+def test_logs_of_older_versions_have_no_goodput():
     assert earlier_goodput([{"step": 1, "loss": 1.0}], 0) == {}
     assert earlier_goodput([], 0) == {}
 
 
-def test_a_fork_that_was_killed_begins_where_it_began():
-    """Its first line is of step 101, for it forked from 100."""
+def test_a_killed_fork_loses_only_its_own_steps():
+    """It forked from step 100, so its first line is about step 101."""
     found = earlier_goodput([line(101, 2.0), line(104, 8.0)], 100)
     assert found["goodput/lost_seconds"] == 8.0 and found["goodput/steps_lost"] == 4
     assert found["goodput/step_seconds"] == 0
@@ -90,8 +90,8 @@ def all_lines(run_dir):
 
 
 @pytest.mark.slow
-def test_a_killed_run_keeps_account_of_all_its_starts(tmp_path, monkeypatch):
-    """Killed after step 17, of which the last line is of 15, with a checkpoint of 10."""
+def test_goodput_of_a_killed_run_covers_all_starts(tmp_path, monkeypatch):
+    """The run is killed after step 17; its last line is about step 15, its checkpoint about 10."""
     experiment = tiny.experiment(tmp_path)
 
     class Killed(BaseException):

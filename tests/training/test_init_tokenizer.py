@@ -1,4 +1,4 @@
-"""A run that starts from a model trains on that model's tokenizer, unless another one is named."""
+"""Tests that a run started from a model trains on that model's tokenizer by default."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ from varjax.training.initial_weights import frozen_weights
 from varjax.training.setup import set_up
 from varjax.var.task import VARTask
 
-OTHER = "runs/other_tokenizer"  # does not exist, and need not
+OTHER = "runs/other_tokenizer"  # does not exist, and need not exist
 TASK = VARTask(runs.VAR, runs.TOKENIZER, OTHER)
 WIDE = dataclasses.replace(runs.TOKENIZER, scales=(1, 2, 3, 4))  # the same parameters
 
@@ -54,7 +54,7 @@ def params(config):
     return trees.paths(zeros)
 
 
-def test_the_frozen_copy_is_the_tokenizer_of_the_model(model, start, capfd):
+def test_the_frozen_copy_is_the_tokenizer_of_init_from(model, start, capfd):
     experiment = start(init_from=model)
     setup = set_up(experiment)
     assert capfd.readouterr().err == (
@@ -65,7 +65,7 @@ def test_the_frozen_copy_is_the_tokenizer_of_the_model(model, start, capfd):
     chex.assert_trees_all_equal(frozen, open_weights(model).read_tokenizer_params())
 
 
-def test_config_json_names_the_tokenizer_that_is_used(model, start, monkeypatch, tmp_path):
+def test_config_json_names_the_tokenizer_in_use(model, start, monkeypatch, tmp_path):
     def stop(*_, **__):
         raise InterruptedError
 
@@ -79,13 +79,13 @@ def test_config_json_names_the_tokenizer_that_is_used(model, start, monkeypatch,
     assert named() == OTHER
     assert named(init_from=model) == model
     assert named(init_from=model, init_tokenizer=False) == OTHER
-    # A run with a checkpoint has its own copy; where it came from may be gone.
+    # A run with a checkpoint has its own copy, so the original may be gone.
     assert named(init_from=model) == model
     (tmp_path / "run/checkpoints/1").mkdir(parents=True)
     assert named(init_from=str(tmp_path / "gone")) == model
 
 
-def test_another_tokenizer_is_used_if_that_is_asked_for(model, start, capfd):
+def test_init_tokenizer_false_keeps_the_named_tokenizer(model, start, capfd):
     asked = start(init_from=model, init_tokenizer=False)
     assert set_up(asked).task.tokenizer_weights == OTHER
     assert "note: the tokenizer is runs/other_tokenizer, because" in capfd.readouterr().err
@@ -93,7 +93,7 @@ def test_another_tokenizer_is_used_if_that_is_asked_for(model, start, capfd):
     assert not capfd.readouterr().err
 
 
-def test_a_tokenizer_on_the_command_line_is_used(model, start):
+def test_a_tokenizer_named_on_the_command_line_is_used(model, start):
     experiment, name = start(init_from=model), f"--config.task.tokenizer_weights={OTHER}"
     assert train.with_named_tokenizer(experiment, ["--config.seed=1"]).init_tokenizer
     for words in ([name], name.split("=")):
@@ -122,7 +122,7 @@ def test_the_same_tokenizer_may_have_other_scales(model, tmp_path):
         other.with_tokenizer_of(model)
 
 
-def test_models_without_a_tokenizer_and_tasks_that_train_one(tmp_path, start, capfd):
+def test_tasks_stay_the_same_if_there_is_no_tokenizer_to_take(tmp_path, start, capfd):
     alone = write_model(tmp_path / "alone", var=runs.VAR)
     assert set_up(start(init_from=alone)).task == TASK
     assert f"the tokenizer is {OTHER}; init_from={alone} has" in capfd.readouterr().err
@@ -132,14 +132,14 @@ def test_models_without_a_tokenizer_and_tasks_that_train_one(tmp_path, start, ca
     assert untrained.with_tokenizer_of(alone) is untrained
 
 
-def test_mar_takes_it_as_well(tmp_path):
+def test_mar_takes_the_tokenizer_too(tmp_path):
     folder = write_model(tmp_path / "mar", mar=runs.MAR, tokenizer=runs.KL)
     task = MARTask(runs.MAR, runs.KL, OTHER, sampling=runs.MAR_SAMPLING)
     assert task.with_tokenizer_of(folder).tokenizer_weights == folder
 
 
 @pytest.mark.slow
-def test_a_run_s_tokenizer_is_its_frozen_copy():
-    """`tokenizer_weights` may be missing, as small.py's is for other images."""
+def test_the_tokenizer_of_a_run_is_its_frozen_copy():
+    """`tokenizer_weights` may name a run that does not exist, as in configs/small.py."""
     frozen = TASK.with_tokenizer_of(str(runs.var())).frozen()
     chex.assert_trees_all_equal(frozen, files.read_tensors(runs.var() / "frozen.safetensors")[0])

@@ -27,12 +27,12 @@ from varjax.training.sharding import Prefetcher
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_leaves_its_files(whole):
+def test_a_run_learns_and_writes_its_files(whole):
     run_dir, metrics = whole
     losses = [line["loss"] for line in lines(run_dir) if "loss" in line]
     assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
     raw = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    assert all(line["images_per_second"] > 0 for line in raw if "loss" in line)  # the first, too
+    assert all(line["images_per_second"] > 0 for line in raw if "loss" in line)  # the first one too
     assert metrics == {k: v for k, v in lines(run_dir)[-1].items() if k != "step"}
     assert {"eval/loss", "eval/accuracy", "eval_ema/loss", "eval_ema/accuracy"} == metrics.keys()
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["20", "30"]
@@ -47,8 +47,8 @@ def test_a_run_learns_and_leaves_its_files(whole):
 
 
 @pytest.mark.slow
-def test_metrics_are_over_the_valid_rows_only(whole):
-    """355 held-out images: with a batch of 64 the last one holds 35, here as one batch all."""
+def test_metrics_count_only_valid_rows(whole):
+    """The run's last batch has 35 valid rows of 64; the same 355 images are one full batch here."""
     run_dir, metrics = whole
     task = tiny.Tiny()
     state = task.init(jax.random.key(0)).replace(params=weights(run_dir)[1])
@@ -80,7 +80,7 @@ def test_other_settings_in_the_same_directory_are_refused(whole):
 
 
 @pytest.mark.slow
-def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+def test_a_nonfinite_metric_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     experiment = tiny.experiment(tmp_path, explode_at=19)
     with pytest.raises(FloatingPointError, match="after step 20, .*checkpoint of step 10 is good"):
         loop.train(experiment)
@@ -89,7 +89,7 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state
 
 
 @pytest.mark.slow
-def test_frozen_weights_are_asked_for_once_and_kept_with_the_run(tmp_path):
+def test_frozen_weights_are_read_once_and_kept_with_the_run(tmp_path):
     (tmp_path / "offset").write_text("0.5")
     changes = dict(offset_file=str(tmp_path / "offset"), steps=8)
     with pytest.raises(FloatingPointError):
@@ -102,11 +102,11 @@ def test_frozen_weights_are_asked_for_once_and_kept_with_the_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_patience_ends_a_run_that_no_longer_improves_and_more_of_it_continues(tmp_path):
+def test_patience_ends_a_run_and_a_larger_value_continues_it(tmp_path):
     optimizer = tiny.AdamW(base_lr=1e-30)
     changes = dict(optimizer=optimizer, steps=20, eval_every=2, keep_best="eval/loss", patience=3)
     loop.train(tiny.experiment(tmp_path, **changes))
-    assert lines(tmp_path)[-1]["step"] == 8  # the best at 2, then three evaluations
+    assert lines(tmp_path)[-1]["step"] == 8  # the best at step 2, then three evaluations
     loop.train(tiny.experiment(tmp_path, **changes))
     assert lines(tmp_path)[-1]["step"] == 8
     loop.train(tiny.experiment(tmp_path, **changes | {"patience": 5}))
@@ -114,8 +114,8 @@ def test_patience_ends_a_run_that_no_longer_improves_and_more_of_it_continues(tm
 
 
 @pytest.mark.slow
-def test_another_metric_to_keep_the_best_by_starts_without_a_best(tmp_path):
-    """Every loss here is above the lowest accuracy, so that by its number none would be better."""
+def test_another_keep_best_metric_starts_without_a_best_value(tmp_path):
+    """All losses exceed the lowest accuracy, so none would be better than that number."""
     changes = dict(save_every=0, eval_every=5)
     loop.train(tiny.experiment(tmp_path, steps=10, **changes, keep_best="min:eval/accuracy"))
     config = tmp_path / "config.json"
@@ -127,7 +127,7 @@ def test_another_metric_to_keep_the_best_by_starts_without_a_best(tmp_path):
 
 
 class OtherHeldOut(tiny.Digits):
-    """The digits, of which others are held out."""
+    """The digits with another held-out split."""
 
     def describe(self):
         return super().describe() | {"held_out": {"images": 3}}
@@ -142,7 +142,7 @@ class OtherHeldOut(tiny.Digits):
         ({"keep_best": "eval/fid"}, None),
     ],
 )
-def test_a_best_value_is_kept_only_where_later_ones_compare_with_it(changes, best):
+def test_a_best_value_is_kept_only_if_later_ones_are_comparable(changes, best):
     first = tiny.experiment("run", keep_best="eval/loss", eval_images=10)
     state = LoopState(first.keep_best, measured_with=first.best_settings())
     assert state.update({"eval/loss": 1.5})
@@ -153,7 +153,7 @@ def test_a_best_value_is_kept_only_where_later_ones_compare_with_it(changes, bes
     assert all_images and all_images != first.best_settings()
     others = dataclasses.replace(now, data=OtherHeldOut())
     assert LoopState.from_meta(state.to_meta(), "eval/loss", others.best_settings()).best is None
-    older = state.to_meta() | {"measured_with": {"eval_images": 10}}  # does not name the images
+    older = state.to_meta() | {"measured_with": {"eval_images": 10}}  # without held-out images
     assert LoopState.from_meta(older, "eval/loss", first.best_settings()).best == 1.5
     older = {k: v for k, v in state.to_meta().items() if k != "measured_with"}
     assert LoopState.from_meta(older, "eval/loss", all_images).best == 1.5
@@ -175,7 +175,7 @@ def test_a_best_value_is_kept_only_where_later_ones_compare_with_it(changes, bes
         ("max:eval/loss", 3.0),
     ],
 )
-def test_the_best_is_the_lowest_or_highest_as_the_metric_asks(keep_best, best):
+def test_keep_best_knows_whether_lower_or_higher_is_better(keep_best, best):
     name, _ = parse_keep_best(keep_best)
     loop_state = LoopState(keep_best)
     values = (2.0, np.nan, best, 2.0, 2.0)
@@ -192,7 +192,7 @@ def test_the_weights_of_the_highest_accuracy_are_kept(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_unexpected_error_leaves_its_traceback_until_the_run_goes_well(tmp_path, monkeypatch):
+def test_error_txt_keeps_a_traceback_until_the_run_succeeds(tmp_path, monkeypatch):
     experiment, report = tiny.experiment(tmp_path, steps=1), tmp_path / "error.txt"
     with monkeypatch.context() as patch:
         patch.setattr(tiny.Tiny, "eval_metrics", lambda *_: 1 // 0)
@@ -213,8 +213,8 @@ def test_an_unexpected_error_leaves_its_traceback_until_the_run_goes_well(tmp_pa
 
 
 @pytest.mark.slow
-def test_an_error_is_outdated_once_a_later_start_has_saved(tmp_path, monkeypatch):
-    """Also of a start that is killed, which no longer removes the file at its end."""
+def test_error_txt_is_removed_once_a_later_start_saves(tmp_path, monkeypatch):
+    """A start that is killed later cannot remove the file at its end."""
     experiment, report = tiny.experiment(tmp_path, steps=4, save_every=2), tmp_path / "error.txt"
     report.write_text("Traceback")
     take, numbers = Prefetcher.__next__, itertools.count(1)
@@ -232,7 +232,7 @@ def test_an_error_is_outdated_once_a_later_start_has_saved(tmp_path, monkeypatch
     assert not report.exists() and run_status(tmp_path).state == "stopped"
 
 
-def test_a_start_that_is_refused_leaves_its_reason(tmp_path):
+def test_error_txt_has_the_reason_of_a_refused_start(tmp_path):
     for bad in ("a", "b"):
         with pytest.raises(InputError, match=f"keep_best is '{bad}'") as caught:
             loop.train(tiny.experiment(tmp_path, keep_best=bad))
@@ -240,21 +240,21 @@ def test_a_start_that_is_refused_leaves_its_reason(tmp_path):
     assert run_status(tmp_path).state == "failed start"
 
 
-def test_errors_of_processes_that_are_no_more_end_with_the_next_save(tmp_path):
+def test_the_next_save_removes_errors_of_former_processes(tmp_path):
     for name in ("error.txt", "error-3.txt", "error-mine.txt"):
         (tmp_path / name).write_text("OSError: node3 died")
     loop.train(tiny.experiment(tmp_path, steps=1, eval_every=0))
     assert [path.name for path in tmp_path.glob("error*")] == ["error-mine.txt"]
 
 
-def test_a_folder_that_cannot_be_written_is_the_user_s_to_mend(tmp_path):
+def test_an_unwritable_run_dir_is_an_input_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/run"):
         loop.train(tiny.experiment(tmp_path / "file" / "run"))
 
 
 @pytest.mark.slow
-def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, monkeypatch):
+def test_best_weights_are_on_disk_before_the_next_checkpoint(tmp_path, monkeypatch):
     events = []
     for name in ("save", "wait"):
         original = getattr(Checkpoints, name)
@@ -266,11 +266,11 @@ def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, 
         monkeypatch.setattr(Checkpoints, name, noted)
     loop.train(tiny.experiment(tmp_path, steps=1, keep_best="eval/loss"))
     best, checkpoint = events.index(("best", "save")), events.index(("checkpoints", "save"))
-    assert ("best", "wait") in events[best + 2 : checkpoint]  # the first belongs to the save
+    assert ("best", "wait") in events[best + 2 : checkpoint]  # best + 1 is the wait inside save
 
 
 @pytest.mark.slow
-def test_all_lines_are_on_the_disk_before_the_checkpoint_that_knows_of_them(tmp_path, monkeypatch):
+def test_metrics_are_on_disk_before_each_checkpoint(tmp_path, monkeypatch):
     synced, checked, fsync, save = {}, [], os.fsync, Checkpoints.save
     path = tmp_path / "metrics.jsonl"
 
@@ -298,7 +298,7 @@ def test_a_run_is_not_touched_while_another_process_trains_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_processes_that_see_other_data_are_refused_before_anything_else(tmp_path, monkeypatch):
+def test_processes_that_see_different_data_are_refused_before_writing(tmp_path, monkeypatch):
     def one_image_less_there(mine):
         there = json.loads(json.dumps(mine))
         there["seen"]["train"] = {"digest": "another", "images": 1441}
@@ -339,13 +339,13 @@ def test_processes_that_see_other_data_are_refused_before_anything_else(tmp_path
         ({"task": tiny.Tiny(accumulate=0)}, "a batch of 64 cannot be split into 0 equal"),
     ],
 )
-def test_settings_without_sense_are_refused(tmp_path, changes, message):
+def test_invalid_settings_are_refused(tmp_path, changes, message):
     experiment = dataclasses.replace(tiny.experiment(tmp_path), **changes)
     with pytest.raises(ValueError, match=message):
         loop.train(experiment)
 
 
-def test_an_unknown_metric_to_keep_is_told_before_training(tmp_path):
+def test_an_unknown_keep_best_is_refused_before_training(tmp_path):
     experiment = tiny.experiment(tmp_path, keep_best="loss", explode_at=0)
     with pytest.raises(ValueError, match="keep_best is 'loss', .*'eval_ema/loss'"):
         loop.train(experiment)
@@ -355,7 +355,7 @@ def test_epochs_count_passes_over_the_training_images():
     assert tiny.experiment("x", steps=0, epochs=2.0).plan(1442).steps == 46
 
 
-def test_schedule():
+def test_what_is_due_after_each_step():
     intervals = dict(eval_every=3, preview_every=2, save_every=4, keep_every=6)
     experiment = tiny.experiment("x", fid=FIDConfig(every=5), **intervals)
     none = Due(metrics=False, fid=False, preview=False, save=False)
@@ -366,7 +366,7 @@ def test_schedule():
         4: none._replace(preview=True, save=True),
         5: none._replace(fid=True),
         6: Due(metrics=True, fid=False, preview=True, save=True),
-        7: none._replace(metrics=True, fid=True),  # its end
+        7: none._replace(metrics=True, fid=True),  # the end of the run
     }
     assert [experiment.due(step, 7).evaluation for step in (1, 2, 3, 5)] == [
         False,
@@ -376,13 +376,13 @@ def test_schedule():
     ]
 
 
-def test_an_interval_of_zero_is_never_due_but_the_end_is_evaluated():
+def test_an_interval_of_zero_evaluates_only_at_the_end():
     experiment = tiny.experiment("x", eval_every=0, save_every=0)
     assert not any(any(experiment.due(step, 3)) for step in (0, 1, 2))
     assert experiment.due(3, 3) == Due(metrics=True, fid=False, preview=False, save=False)
 
 
-def test_one_write_of_orbax_ends_before_the_next_begins(tmp_path, monkeypatch):
+def test_writes_of_orbax_do_not_overlap(tmp_path, monkeypatch):
     managers, overlapping, save, rename = set(), [], ocp.CheckpointManager.save, os.rename
 
     def note_save(manager, step, **options):

@@ -15,12 +15,12 @@ from varjax.training.metric_writers import MetricWriter, flatten_metrics
 from varjax.training.run_writers import TensorBoardWriter
 
 
-def test_arrays_become_one_number_a_name():
+def test_arrays_are_flattened_to_one_number_per_name():
     flat = flatten_metrics({"loss": np.float32(2), "by_scale": np.array([1.0, 3.0])})
     assert flat == {"loss": 2.0, "by_scale/0": 1.0, "by_scale/1": 3.0}
 
 
-def test_a_resumed_run_drops_later_and_cut_off_lines(tmp_path):
+def test_a_resumed_run_drops_later_and_truncated_lines(tmp_path):
     with MetricWriter(tmp_path, 0) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": float("nan") if step == 2 else 0.5})
@@ -32,7 +32,7 @@ def test_a_resumed_run_drops_later_and_cut_off_lines(tmp_path):
     assert lines == [{"step": i + 1, "loss": x} for i, x in enumerate((0.5, None, 0.25))]
 
 
-def test_an_evaluation_that_is_to_be_repeated_is_dropped(tmp_path):
+def test_lines_of_an_evaluation_to_be_repeated_are_dropped(tmp_path):
     for evaluated, left in ((True, 3), (False, 2)):
         with MetricWriter(tmp_path, 0) as writer:
             writer.write(1, {"eval/loss": 0.5})
@@ -42,7 +42,7 @@ def test_an_evaluation_that_is_to_be_repeated_is_dropped(tmp_path):
             assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == left
 
 
-def test_an_inactive_writer_leaves_nothing(tmp_path):
+def test_an_inactive_writer_writes_nothing(tmp_path):
     with MetricWriter(tmp_path, 0, active=False) as writer:
         writer.write(1, {"loss": 1.0})
         writer.images(1, "a", np.zeros((1, 8, 8, 3)))
@@ -51,7 +51,7 @@ def test_an_inactive_writer_leaves_nothing(tmp_path):
 
 
 def scalars_of_tensorboard(folder):
-    """(step, name, value) of all its files, oldest first, and the steps from which they purge."""
+    """Reads (step, name, value) from all event files, oldest first, and their purge steps."""
     found, purged = [], []
     for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
@@ -68,7 +68,7 @@ def scalars_of_tensorboard(folder):
     return found, purged
 
 
-def test_tensorboard_gets_numbers_and_pictures_and_hides_what_is_done_again(tmp_path):
+def test_tensorboard_gets_numbers_and_pictures_and_hides_repeated_steps(tmp_path):
     for step in (2, 1):
         with MetricWriter(tmp_path, step) as writer:
             writer.write(step + 1, {"loss": 0.5, "eval/nothing": float("nan")})
@@ -84,10 +84,8 @@ def test_tensorboard_gets_numbers_and_pictures_and_hides_what_is_done_again(tmp_
     assert (tmp_path / "previews" / "step_00000002_a_b.png").is_file()
 
 
-def test_a_disk_that_is_full_for_a_while_costs_tensorboard_some_entries_only(
-    tmp_path, monkeypatch, capfd
-):
-    """tensorboardX's own thread ended here, and the eleventh entry waited for ever."""
+def test_a_temporarily_full_disk_loses_only_some_tensorboard_entries(tmp_path, monkeypatch, capfd):
+    """tensorboardX's own writer would lose its thread here, and block at the eleventh entry."""
     monkeypatch.setattr(background_writer, "RETRY_SECONDS", 0.05)
     full, write = threading.Event(), TensorBoardWriter._write
 
@@ -116,8 +114,8 @@ def test_a_disk_that_is_full_for_a_while_costs_tensorboard_some_entries_only(
     assert "TensorBoard failed" in first and "TensorBoard works again" in second
 
 
-def test_without_room_for_metrics_the_run_is_told(tmp_path):
-    """They belong to the run; its end must not hide the error behind another one."""
+def test_a_full_disk_for_metrics_raises_a_storage_error(tmp_path):
+    """Metrics are part of the run. Closing the writer must not hide the error behind another."""
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match="writing .*metrics.jsonl failed"):
         with MetricWriter(tmp_path, 0) as writer:
@@ -125,27 +123,27 @@ def test_without_room_for_metrics_the_run_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["previews", "tensorboard"])
-def test_folders_that_cannot_be_made_do_not_end_a_run(tmp_path, where, capfd):
+def test_unwritable_log_folders_do_not_end_a_run(tmp_path, where, capfd):
     (tmp_path / where).write_text("")
     with MetricWriter(tmp_path, 0) as writer:
         writer.write(1, {"loss": 1.0})
         writer.images(1, "a", np.zeros((1, 8, 8, 3)))
         writer.write(2, {"loss": 1.0})
         writer.images(2, "a", np.zeros((1, 8, 8, 3)))
-        writer.images(1, "b", np.zeros((1, 8)))  # no images
+        writer.images(1, "b", np.zeros((1, 8)))  # not images
         writer.sync()
     said = capfd.readouterr().err
     assert said.count("failed, training continues") == 1 and "no preview b of step 1" in said
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_lines_that_are_no_objects_are_dropped(tmp_path):
+def test_lines_that_are_not_metrics_are_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'5\n[1]\n\xff\n{"step": "a"}\n{"step": 1}\n{}\n')
     with MetricWriter(tmp_path, 1):
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_a_preview_that_is_nan_is_said_and_not_drawn(tmp_path, capfd):
+def test_a_preview_with_nan_is_reported_and_not_written(tmp_path, capfd):
     image_NHWC = np.full((1, 64, 64, 1), 0.5, np.float32)
     with MetricWriter(tmp_path, 0) as writer:
         writer.images(2, "samples", image_NHWC)

@@ -1,4 +1,4 @@
-"""Settings that are allowed but can hardly be meant are said at the start."""
+"""Tests the notes that a run prints about valid settings that are probably mistakes."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ MAR = MARTask(runs.MAR, runs.KL, "random", ema_decay=0.999, sampling=MAROptions(
     [(VAR, VAROptions(guidance=1.5)), (MAR, MAROptions(guidance=1.5, steps=2))],
     ids=["VAR", "MAR"],
 )
-def test_guidance_by_a_class_that_is_never_trained(task, guided):
+def test_a_note_warns_of_guidance_without_class_dropout(task, guided):
     unguided = dataclasses.replace(guided, guidance=1.0)
     for dropout, sampling, said in (
         (0.1, guided, False),
@@ -42,7 +42,7 @@ def test_guidance_by_a_class_that_is_never_trained(task, guided):
 
 
 @pytest.mark.parametrize("task", [VAR, MAR, KLTask(runs.KL), adversarial.TASK])
-def test_an_average_that_the_run_is_too_short_for(task):
+def test_a_note_warns_of_a_run_too_short_for_its_ema_decay(task):
     (note,) = dataclasses.replace(task, ema_decay=0.9999).notes(Plan(steps=1000))
     assert (
         "90% of the EMA weights are still the initial parameters" in note
@@ -55,14 +55,14 @@ def test_an_average_that_the_run_is_too_short_for(task):
         assert not dataclasses.replace(task, ema_decay=ema).notes(Plan(steps=steps))
 
 
-def test_notes_are_said_before_anything_is_done(tmp_path, monkeypatch, capfd):
+def test_notes_are_printed_before_anything_is_written(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(tiny.Tiny, "notes", lambda task, plan: [f"{plan.steps} steps"])
     set_up(tiny.experiment(tmp_path / "run"))
     assert capfd.readouterr().err == "note: 30 steps\n"
     assert not (tmp_path / "run").exists()
 
 
-def test_hundreds_of_passes_over_few_images():
+def test_a_note_warns_of_hundreds_of_epochs_on_few_images():
     (note,) = passes_notes(Plan(steps=10_000, batch_size=64), 1_442)
     assert note.startswith("the run has 444 epochs of 1,442 training images, so the model may")
     assert note.endswith("50 epochs are 1,127 steps") and "eval_every=500 " in note
@@ -70,7 +70,7 @@ def test_hundreds_of_passes_over_few_images():
     (note,) = passes_notes(Plan(steps=400, batch_size=64), 20, ema=True)
     assert "keep_best=eval_ema/loss " in note
     assert "eval_every=40 " in note  # ten evaluations
-    # The best by the other losses would be from before the discriminator began.
+    # By the other losses, the best weights would be from before the discriminator's start.
     (note,) = passes_notes(Plan(steps=10_000, batch_size=64), 1_442, adversarial=True)
     assert "keep_best" not in note and "eval_every=500. 50 epochs" in note
     for steps, images in ((4_000, 1_442), (250_000, 1_281_167), (10_000, 60_000)):
@@ -80,7 +80,7 @@ def test_hundreds_of_passes_over_few_images():
         )
 
 
-def test_a_run_starts_with_the_note_on_its_passes(tmp_path, capfd):
+def test_a_run_prints_the_note_on_epochs_unless_patience_ends_it(tmp_path, capfd):
     set_up(tiny.experiment(tmp_path, steps=5_000))
     said = capfd.readouterr().err
     assert said.startswith("note: the run has 222 epochs of 1,442 training")
@@ -90,11 +90,11 @@ def test_a_run_starts_with_the_note_on_its_passes(tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
-def test_a_run_limits_its_evaluations(tmp_path):
+def test_eval_images_reaches_the_loader(tmp_path):
     assert set_up(tiny.experiment(tmp_path, eval_images=7)).loader.held_out_images == 7
 
 
-def test_a_drop_path_that_keeps_nothing_is_refused():
-    """It divided by zero."""
+def test_a_drop_path_of_one_is_refused():
+    """It would divide by zero."""
     with pytest.raises(InputError, match="drop_path=1.0: must be at least 0 and below 1"):
         dataclasses.replace(VAR, drop_path=1.0)

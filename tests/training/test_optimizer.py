@@ -29,8 +29,8 @@ def test_schedules_equal_the_reference(name):
 
 
 @pytest.mark.parametrize("name", typing.get_args(LRSchedule))
-def test_after_the_plan_the_schedules_stay_where_they_end(name):
-    """A discriminator that began before a fork to a longer run has more updates than its plan."""
+def test_schedules_keep_their_last_value_after_the_plan(name):
+    """A discriminator that began before a fork to a longer run makes more updates than planned."""
     optimizer = dataclasses.replace(OPTIMIZER, schedule=name)
     for schedule in (optimizer.lr, optimizer.wd):
         last, *later = schedule(np.array([999, 1000, 1500, 9999]), Plan(1000))
@@ -39,15 +39,15 @@ def test_after_the_plan_the_schedules_stay_where_they_end(name):
         np.testing.assert_allclose(in_jax, last, rtol=1e-5)
 
 
-def test_constant_stays_at_the_peak_and_short_runs_stay_finite():
+def test_constant_stays_at_the_peak_and_short_runs_are_finite():
     optimizer = dataclasses.replace(OPTIMIZER, schedule="constant", warmup=0.0)
     assert set(optimizer.lr(np.arange(1000), PLAN)) == {3e-4}
     assert np.isfinite(OPTIMIZER.lr(0, Plan(1))) and np.isfinite(OPTIMIZER.wd(0, Plan(1)))
 
 
 @jax.numpy_dtype_promotion("standard")
-def test_one_update_is_adamw_with_a_mask_after_clipping():
-    """After one step from zero moments Adam's direction is g / (|g| + eps), whatever the clip."""
+def test_an_update_is_adamw_with_clipping_and_masked_weight_decay():
+    """From zero moments, Adam's first direction is g / (|g| + eps), with the clipped gradient g."""
     optimizer = AdamW(
         base_lr=0.1, eps=0.5, weight_decay=0.2, clip=1.0, schedule="constant", warmup=0
     )
@@ -65,7 +65,7 @@ def test_one_update_is_adamw_with_a_mask_after_clipping():
 
 
 @jax.numpy_dtype_promotion("standard")
-def test_the_learning_rate_of_an_update_is_the_one_of_its_number():
+def test_each_update_has_the_learning_rate_of_its_number():
     optimizer = AdamW(weight_decay=0.0, clip=0.0, warmup=0.5, eps=0.0)
     plan, params = Plan(steps=8), {"w": jnp.ones(1)}
     tx = optimizer.make(plan, decayed="w")
@@ -92,7 +92,7 @@ def test_the_learning_rate_of_an_update_is_the_one_of_its_number():
         {"end": 0.0, "schedule": "exp"},
     ],
 )
-def test_settings_that_cannot_work_are_refused(changes):
+def test_invalid_settings_are_refused(changes):
     (name, value), *_ = changes.items()
     with pytest.raises(ValueError, match=f"{name}={value}: must be"):
         AdamW(**changes)

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed, or finds the disk full, and then goes on as if nothing was."""
+"""Tests that a run continues exactly after a signal, a kill or a full disk."""
 
 import dataclasses
 import gc
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.slow
     [
         (signal.SIGINT, ("in step", 13), 13),
         (signal.SIGTERM, ("in step", 20), 20),  # due for evaluation, preview and save
-        (signal.SIGTERM, ("at batch", 4), 10),  # of 6 in the first evaluation
+        (signal.SIGTERM, ("at batch", 4), 10),  # the 4th of 6 in the first evaluation
         (signal.SIGINT, ("in step", 30), 30),
     ],
 )
-def test_a_signal_saves_at_once_and_the_run_continues_as_if_nothing_was(
+def test_a_signal_saves_at_once_and_the_run_continues_exactly(
     whole, tmp_path, capfd, monkeypatch, signum, moment, step
 ):
     experiment = tiny.experiment(tmp_path, keep_best="eval/loss", preview_every=20)
@@ -55,19 +55,19 @@ def test_a_signal_saves_at_once_and_the_run_continues_as_if_nothing_was(
     assert lines(whole[0]) == lines(tmp_path)
 
 
-def test_an_evaluation_that_was_made_up_for_is_not_made_again(whole, tmp_path, monkeypatch):
+def test_a_postponed_evaluation_is_made_only_once(whole, tmp_path, monkeypatch):
     experiment = tiny.experiment(tmp_path, keep_best="eval/loss", preview_every=20)
     with monkeypatch.context() as patch:
         raise_at(patch, signal.SIGTERM, "in step", 30)
         with pytest.raises(SystemExit):
             loop.train(experiment)
     assert loop.train(experiment) == whole[1]
-    monkeypatch.setattr(loop, "take_steps", None)  # what a finished run does not need
+    monkeypatch.setattr(loop, "take_steps", None)  # a finished run does not need it
     assert loop.train(experiment) == whole[1]
 
 
 def raise_at(patch, signum, place, number):
-    """Has the signal come once, in the middle of a step or with a batch of the evaluation."""
+    """Raises the signal once, at the training step or evaluation batch of this number."""
     take, placed = Prefetcher.__next__, evaluator.put_batch
     steps, batches = itertools.count(1), itertools.count()
 
@@ -85,8 +85,8 @@ def raise_at(patch, signum, place, number):
     patch.setattr(evaluator, "put_batch", at_batch)
 
 
-def test_a_signal_may_come_while_something_is_printed(monkeypatch):
-    """Printing again from the handler raises RuntimeError, for a stream is not reentrant."""
+def test_a_signal_may_arrive_during_a_print(monkeypatch):
+    """A print from the handler would raise RuntimeError, because streams are not reentrant."""
 
     class Busy:
         def write(self, text):
@@ -107,8 +107,8 @@ loop.train(tiny.experiment(sys.argv[1], **json.loads(sys.argv[2])))
 """
 
 
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
-    """Each process is killed up to 0.4 s after it wrote its first line; a last one finishes."""
+def test_a_run_killed_at_any_moment_ends_bit_identically(tmp_path):
+    """Two processes are killed up to 0.4 s after their first line; a third one finishes the run."""
     loop.train(tiny.experiment(tmp_path / "whole", **OFTEN))
     seed = random.randrange(10**6)
     rng, run_dir = random.Random(seed), tmp_path / "killed"
@@ -146,8 +146,8 @@ sys.exit(run_on_processes("train", lambda: loop.train(tiny.experiment(sys.argv[1
 """
 
 
-def test_a_folder_that_cannot_be_written_ends_the_process_with_a_message(tmp_path):
-    """At once: Orbax's threads that wait for the folder would keep it for ten minutes."""
+def test_an_unwritable_folder_ends_the_process_with_a_message(tmp_path):
+    """The process must end at once, although Orbax's threads wait ten minutes for the folder."""
     command = [sys.executable, "-c", FAILING_SAVE, str(tmp_path / "run")]
     ended = forked.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
@@ -155,10 +155,10 @@ def test_a_folder_that_cannot_be_written_ends_the_process_with_a_message(tmp_pat
     assert "are good: [10]" in ended.stderr
 
 
-# Of the writes that Orbax began together, it waits for the first to fail.
+# Orbax awaits only the first of its parallel writes that fails; the others then warn.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(tmp_path, monkeypatch):
-    """The system itself refuses: files may grow to 100 kB, but a step needs some of 1 MB."""
+def test_a_full_disk_ends_the_run_and_keeps_the_saved_steps(tmp_path, monkeypatch):
+    """The system limits files to 100 kB, but a checkpoint needs files of 1 MB."""
     big = tiny.experiment(tmp_path / "run", width=2**12, keep_best="eval/loss")
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     save = ocp.CheckpointManager.save

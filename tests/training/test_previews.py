@@ -30,7 +30,7 @@ def test_samples_are_named_by_their_classes():
     assert captions("samples", (5, 4, 4, 1), names).title == "runs/a · samples after step 1,000"
 
 
-def test_a_preview_has_words_on_it(tmp_path):
+def test_captions_enlarge_a_preview(tmp_path):
     rows_RBHWC = np.zeros((3, 8, 16, 16, 1), np.float32)
     sizes = []
     with MetricWriter(tmp_path, 0) as writer:

@@ -1,4 +1,4 @@
-"""Two processes with four devices each, killed, stopped and continued; against one with eight."""
+"""Tests that two processes with four devices each train, stop and continue like one."""
 
 import functools
 import signal
@@ -26,7 +26,7 @@ def job(run, settings=SETTINGS, **faults):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run that two processes finished, one killed in a save, and one that SIGTERM stopped."""
+    """Trains three runs in two processes: uninterrupted, killed in a save, stopped by SIGTERM."""
     folder = tmp_path_factory.mktemp("runs")
     codes, said = together(2, job(folder / "whole"), job(folder / "killed", die_in_save=20))
     assert codes == [1, -signal.SIGKILL], said
@@ -43,7 +43,7 @@ def runs(tmp_path_factory):
 
 
 def last_checkpoint(run):
-    """All arrays of the newest checkpoint, as they are on the disk, and its meta."""
+    """Reads all arrays of the newest checkpoint, and its meta."""
     saved, step = SavedSteps(run / "checkpoints"), lines(run)[-1]["step"]
     state = jax.eval_shape(tiny.Tiny().init, jax.random.key(0))
     abstract = {name: getattr(state, name) for name in ("params", "ema", "opt_state")}
@@ -51,7 +51,7 @@ def last_checkpoint(run):
     return saved.arrays(step, abstract, jax.tree.map(lambda _: here, abstract))
 
 
-def test_killed_in_the_middle_of_a_save_they_continue_bit_by_bit(runs):
+def test_processes_killed_during_a_save_continue_bit_identically(runs):
     folder, said = runs
     assert "continuing" in said[0] and "after step 10" in said[0]
     chex.assert_trees_all_equal(*map(last_checkpoint, (folder / "whole", folder / "killed")))
@@ -59,7 +59,7 @@ def test_killed_in_the_middle_of_a_save_they_continue_bit_by_bit(runs):
     assert weights(folder / "whole", kind="best")[0] == weights(folder / "killed", kind="best")[0]
 
 
-def test_only_the_first_one_talks_and_a_refusal_reaches_all(runs):
+def test_only_the_first_process_prints_but_all_refuse(runs):
     _, said = runs
     assert "finished" in said[0] and "finished" not in said[1]
     assert all(
@@ -67,7 +67,7 @@ def test_only_the_first_one_talks_and_a_refusal_reaches_all(runs):
     )
 
 
-def test_one_signal_stops_both_and_one_device_continues(runs):
+def test_a_signal_to_one_process_stops_both_and_one_device_continues(runs):
     folder, said = runs
     step = SavedSteps(folder / "stopped" / "checkpoints").steps()[-1]
     assert 17 <= step <= 19
@@ -76,23 +76,23 @@ def test_one_signal_stops_both_and_one_device_continues(runs):
     assert_same_but_for_rounding(folder / "whole", folder / "stopped")
 
 
-def test_one_process_with_as_many_devices_trains_and_evaluates_the_same(runs):
+def test_one_process_with_eight_devices_trains_and_evaluates_the_same(runs):
     folder, _ = runs
     codes, said = together(1, job(folder / "one", SETTINGS | {"mesh": [1, 8, 1]}))
     assert codes == [0], said
     assert_same_but_for_rounding(folder / "whole", folder / "one")
 
 
-def test_a_save_that_one_process_cannot_finish_ends_both(tmp_path):
+def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
     codes, said = together(2, job(tmp_path / "run", fail_in_save=20))
-    # JAX aborts a process whose coordinator, the first one, is gone; `together` would kill it.
+    # JAX aborts a process whose coordinator (the first one) is gone; `together` would kill it.
     assert codes[0] == 1 and codes[1] in (1, -signal.SIGABRT), said
     assert "failed: saving to" in said[0] and "good: [10]" in said[0], said
     assert SavedSteps(tmp_path / "run" / "checkpoints").steps() == [10]
 
 
 def assert_same_but_for_rounding(a, b):
-    """From data to weights: the last states, and all that was logged on the way."""
+    """Compares the last states and all logged metrics of two runs."""
     close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-6)
     close(last_checkpoint(a)[0], last_checkpoint(b)[0])
     assert len(lines(a)) == 8  # six of training, two of evaluation

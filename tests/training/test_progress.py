@@ -9,7 +9,7 @@ from varjax.training.progress import ProgressReporter
 
 
 class Full(io.StringIO):
-    """A stream that takes nothing, as a file on a full disk."""
+    """A stream whose writes fail, like a file on a full disk."""
 
     def __init__(self, terminal):
         super().__init__()
@@ -22,8 +22,8 @@ class Full(io.StringIO):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_log_that_takes_nothing_does_not_end_a_run(monkeypatch, terminal):
-    """As with `train.py 2> FILE` on a disk that is full."""
+def test_an_unwritable_stderr_does_not_end_a_run(monkeypatch, terminal):
+    """For example, `train.py 2> FILE` on a full disk."""
     full = Full(terminal)
     monkeypatch.setattr(sys, "stderr", full)
     with ProgressReporter(0, 10) as progress:
@@ -47,8 +47,8 @@ def test_lines_and_the_bar_reach_stderr(monkeypatch, terminal):
     assert ("10/10" in said) if terminal else ("step 10/10: loss 1.5" in said)
 
 
-def test_lines_of_others_clear_the_bar(monkeypatch):
-    """Such as those about broken images, which are written by tqdm."""
+def test_lines_written_by_tqdm_clear_the_bar(monkeypatch):
+    """For example, those about broken images."""
     stream = io.StringIO()
     stream.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stream)

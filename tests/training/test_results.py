@@ -19,7 +19,7 @@ def test_the_line_has_the_most_important_metrics():
     assert results_line({"eval/entropy": 1.0}, math.nan) == ""
 
 
-def test_the_table_has_every_metric_that_is_one_number():
+def test_the_table_has_every_scalar_metric():
     assert results_table(METRICS).splitlines() == [
         "           held out  EMA weights",
         "loss          3.259        3.857",

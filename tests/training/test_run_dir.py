@@ -17,7 +17,7 @@ class Stopped(Exception):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """A function that starts the run in `tmp_path`, up to its first step; returns its settings."""
+    """Returns a function that starts a run, stops before its first step and reads config.json."""
 
     def stop(*_, **__):
         raise Stopped
@@ -52,7 +52,7 @@ def test_a_run_is_bound_to_its_settings_by_its_first_checkpoint(start, tmp_path)
     assert ", ".join(CHANGEABLE_FIELDS) in str(error.value)
 
 
-def test_other_settings_keep_nothing_that_was_made_with_the_former_ones(start, tmp_path):
+def test_changed_settings_remove_what_was_made_with_the_former_ones(start, tmp_path):
     start()
     write_outputs(tmp_path)
     start()
@@ -60,12 +60,12 @@ def test_other_settings_keep_nothing_that_was_made_with_the_former_ones(start, t
     start(width=4)
     left = {path.name for path in tmp_path.iterdir()} - {"error.txt", "checkpoints", ".lock"}
     assert left == {"config.json", "data.json"}
-    (tmp_path / "config.json").write_text("{")  # cut off by a full disk
+    (tmp_path / "config.json").write_text("{")  # truncated by a full disk
     assert start(width=8)["task"]["width"] == 8
 
 
 def test_a_fork_without_a_checkpoint_keeps_no_metrics(start, tmp_path):
-    """Its source may have trained on, and then it forks from a later step."""
+    """Its source may have trained further, so the next start may fork from a later step."""
     start(fork_from="runs/source")
     write_outputs(tmp_path)
     start(fork_from="runs/source")
@@ -73,7 +73,7 @@ def test_a_fork_without_a_checkpoint_keeps_no_metrics(start, tmp_path):
 
 
 def test_frozen_weights_are_copied_again_before_the_first_checkpoint(tmp_path):
-    """A tokenizer may be trained further after a first try of the transformer."""
+    """A tokenizer may be trained further after the first try of a transformer."""
     offset, run = tmp_path / "offset", tmp_path / "run"
     task = tiny.Tiny(offset_file=str(offset))
 
@@ -89,8 +89,8 @@ def test_frozen_weights_are_copied_again_before_the_first_checkpoint(tmp_path):
         read("3", True)
 
 
-def test_a_directory_that_holds_something_else_is_refused_and_stays(start, tmp_path):
-    """Of converted weights or a classifier, nothing may be lost."""
+def test_a_directory_without_a_run_is_refused_and_left_alone(start, tmp_path):
+    """Converted weights or a classifier must not be lost."""
     write_outputs(tmp_path)
     files.write_json(tmp_path / "config.json", {"var": {"depth": 16}, "license": "MIT"})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -101,7 +101,7 @@ def test_a_directory_that_holds_something_else_is_refused_and_stays(start, tmp_p
 
 
 def test_a_run_keeps_its_origin(start, tmp_path):
-    """Later starts do not use it; the license of its weights is found by it."""
+    """Later starts do not use it, but the license of its weights is found through it."""
     files.write_json(tmp_path / "free" / "config.json", {"sources": {}, "license": "MIT"})
     assert start(init_from="published")["init_from"] == "published"
     free = start(init_from=str(tmp_path / "free"))  # nothing was saved yet
@@ -116,8 +116,8 @@ def test_a_run_keeps_its_origin(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_start_that_is_refused_leaves_a_run_as_it_was(whole, tmp_path):
-    """With another `keep_best`, samples would come from other weights."""
+def test_a_refused_start_does_not_change_the_run(whole, tmp_path):
+    """With another `keep_best` in config.json, samples would come from other weights."""
     run = shutil.copytree(whole[0], tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "30")
     before = (run / "config.json").read_bytes()
@@ -127,7 +127,7 @@ def test_a_start_that_is_refused_leaves_a_run_as_it_was(whole, tmp_path):
     changed = tiny.experiment(run, keep_best="eval/accuracy", preview_every=20)
     loop.train(changed)
     assert files.read_json(run / "config.json")["keep_best"] == "eval/accuracy"
-    # Finished: its settings are checked and written as well, and a lost file is written again.
+    # A finished run also checks and writes its settings, and restores a lost config.json.
     with pytest.raises(InputError, match="keep_best is 'eval/los'"):
         loop.train(dataclasses.replace(changed, keep_best="eval/los"))
     loop.train(dataclasses.replace(changed, patience=3))
@@ -139,7 +139,7 @@ def test_a_start_that_is_refused_leaves_a_run_as_it_was(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_fork_has_the_frozen_weights_of_its_source(tmp_path):
-    """The tokenizer that they come from may be trained anew, or be gone."""
+    """The tokenizer that they come from may have been retrained or deleted."""
     offset = tmp_path / "offset"
     offset.write_text("1.5")
     settings = dict(offset_file=str(offset), steps=2, save_every=1, eval_every=0)
@@ -152,6 +152,6 @@ def test_a_fork_has_the_frozen_weights_of_its_source(tmp_path):
     loop.train(tiny.experiment(tmp_path / "c", **fork))
     digests = {files.read_json(tmp_path / name / "frozen.json")["digest"] for name in "abc"}
     assert len(digests) == 1
-    # Where the settings name other weights, the fork has those.
+    # If the settings name other weights, the fork uses those.
     named = {"tokenizer_weights": "a"}, {"tokenizer_weights": "b"}
     assert initial_weights._frozen_settings(named[0]) != initial_weights._frozen_settings(named[1])

@@ -23,19 +23,19 @@ from varjax.var.model import VARConfig
 pytestmark = pytest.mark.slow
 
 
-def test_a_sharded_step_equals_the_single_device_one_and_no_device_computes_the_whole_batch():
+def test_a_sharded_step_equals_a_single_device_step_and_splits_the_batch():
     command = [sys.executable, "-m", "tests.helpers.eight_devices"]
     forked.run(command, check=True, timeout=300, cwd=ROOT)
 
 
-def test_rows_are_spread_over_the_axes_that_share_out_a_batch():
-    """Model files may not import the mesh's module, so they say these names again."""
+def test_the_batch_axes_of_models_and_mesh_agree():
+    """Model files may not import the mesh's module, so they repeat the names of the axes."""
     assert P(BATCH_AXES) == sharding.batch_sharding(mesh(data=2)).spec
     assert shard_batch(x := np.ones((4, 2))) is x
 
 
 def mesh(**sizes):
-    """An abstract mesh: rules need sizes, not devices."""
+    """Makes an abstract mesh, because rules need only sizes, not devices."""
     shape = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
     types = (AxisType.Auto,) * 3
     return jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=types)
@@ -57,13 +57,13 @@ def mesh(**sizes):
         ("step", (), P()),
     ],
 )
-def test_rules_shard_the_last_dimensions_that_divide(path, shape, spec):
+def test_rules_shard_the_last_dimensions_if_they_divide(path, shape, spec):
     tree = {path: jax.ShapeDtypeStruct(shape, np.float32)}
     assert shardings(tree, mesh(fsdp=4, tensor=2))[path].spec == spec
 
 
 @pytest.mark.parametrize("preset", ["d16", "d36"])
-def test_nearly_all_of_a_transformer_is_shared_out(preset):
+def test_nearly_all_parameters_of_a_transformer_are_sharded(preset):
     init = VARConfig.preset(preset).init
     abstract = jax.eval_shape(init, jax.random.key(0))
     specs = shardings(abstract, mesh(fsdp=4, tensor=2))
@@ -75,7 +75,7 @@ def test_nearly_all_of_a_transformer_is_shared_out(preset):
     assert split_twice == {path for path in found if path.endswith(heavy)}
 
 
-def test_a_mesh_that_divides_next_to_nothing_is_told():
+def test_a_note_warns_of_a_mesh_that_replicates_parameters():
     init = VARConfig.preset("d30").init
     params = jax.eval_shape(init, jax.random.key(0))
     assert sharding.replicated_parameters_note(params, mesh(data=256)) == ""
@@ -85,14 +85,14 @@ def test_a_mesh_that_divides_next_to_nothing_is_told():
     )
 
 
-def test_a_mesh_of_tensor_alone_is_told_what_splits_the_rest():
+def test_a_note_advises_fsdp_for_a_mesh_with_only_tensor():
     params = jax.eval_shape(VARConfig.preset("d16").init, jax.random.key(0))
     note = sharding.replicated_parameters_note(params, mesh(tensor=2))
     assert "a larger mesh.fsdp" in note and "divisors" not in note  # 2 divides the width
     assert sharding.replicated_parameters_note(params, mesh(fsdp=2)) == ""
 
 
-def test_a_mesh_takes_all_devices_and_refuses_what_does_not_fit():
+def test_a_mesh_uses_all_devices_and_refuses_sizes_that_do_not_fit():
     assert make_mesh(MeshShape()).size == jax.device_count()
     with pytest.raises(ValueError, match=f"asks for 7 .*{jax.device_count()}; choose a smaller"):
         make_mesh(MeshShape(fsdp=7))
@@ -129,7 +129,7 @@ def test_a_mesh_is_laid_out_on_every_cluster(cluster, shape):
     devices = CLUSTERS[cluster]
     laid_out = make_mesh(shape, devices)
     assert set(laid_out.devices.flat) == set(devices)
-    # a copy of the model lies in as few slices or machines as can hold it
+    # a copy of the model spans as few slices or machines as possible
     copies = laid_out.devices.reshape(laid_out.shape["data"], -1)
     slice_size = sum(device.slice_index == 0 for device in devices)
     for copy in copies:
@@ -141,9 +141,7 @@ def test_a_mesh_is_laid_out_on_every_cluster(cluster, shape):
     ("cluster", "fsdp"),
     [("8 GPUs", 8), ("32 GPUs", 8), ("v4-32", 16), ("v6e-256", 64), ("two v5e-64", 64)],
 )
-def test_by_choice_a_copy_of_the_model_is_spread_over_the_devices_with_fast_connections(
-    cluster, fsdp
-):
+def test_fsdp_0_shards_a_copy_over_devices_with_fast_connections(cluster, fsdp):
     laid_out = make_mesh(MeshShape(fsdp=0), CLUSTERS[cluster])
     assert laid_out.shape["fsdp"] == fsdp
     for copy in laid_out.devices.reshape(laid_out.shape["data"], -1):
@@ -153,7 +151,7 @@ def test_by_choice_a_copy_of_the_model_is_spread_over_the_devices_with_fast_conn
     assert dict(wide.shape) == {"data": 2, "fsdp": 1, "tensor": 16}
 
 
-def test_what_cannot_be_laid_out_is_refused_with_a_reason():
+def test_a_mesh_that_cannot_be_laid_out_is_refused_with_a_reason():
     uneven = CLUSTERS["two v5e-64"][:-4]
     with pytest.raises(InputError, match="data=31, fsdp=4, tensor=1 cannot be laid out on 124"):
         make_mesh(MeshShape(fsdp=4), uneven)
@@ -171,12 +169,12 @@ def test_a_process_gets_the_rows_of_its_devices_and_no_others(cluster):
         for process, rows in found.items():
             mine = [any(device.process_index == process for device in group) for group in groups]
             assert rows == [row for row in range(count) if mine[row // 3]]
-        if shape.tensor == 1:  # each row is decoded once in all
+        if shape.tensor == 1:  # each row is decoded by only one process
             assert sorted(sum(found.values(), [])) == [*range(count)]
 
 
 TRAIN_COMMAND = re.compile(r"train\.py((?: --[\w.]+(?:=[^\s`'#]+)?)*)")
-# Configs of one's own files read the folder that their argument names, which is not here.
+# Commands on a user's own files read a folder that does not exist here.
 OWN_FILES = re.compile(r"\b(ROW|DIR)\b|idx:|latents:")
 TRAIN_COMMANDS = [
     (path.relative_to(ROOT).as_posix(), words)
@@ -186,7 +184,7 @@ TRAIN_COMMANDS = [
 ]
 
 
-def test_the_mesh_of_every_training_command_in_the_documentation_exists(monkeypatch):
+def test_the_mesh_of_every_documented_training_command_exists(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert len(TRAIN_COMMANDS) > 20
     for path, words in TRAIN_COMMANDS:
@@ -200,5 +198,5 @@ def test_the_mesh_of_every_training_command_in_the_documentation_exists(monkeypa
                 continue
             laid_out = make_mesh(experiment.mesh, devices)
             assert laid_out.size == len(devices), (path, words, cluster)
-            if experiment.batch_size in (768, 1024):  # of ImageNet's recipes, made for clusters
+            if experiment.batch_size in (768, 1024):  # recipes for ImageNet, made for clusters
                 sharding.check_batch_size(laid_out, experiment.batch_size)

@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite are left out, where a run asks for it."""
+"""Tests `skip_nonfinite`, which skips steps with gradients that are not finite."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ def state_after(run_dir, step):
 
 @pytest.fixture(scope="module")
 def skipping(tmp_path_factory):
-    """A run that leaves out its steps number 4 and 5, from 0."""
+    """Trains a run that skips its steps 4 and 5, counted from 0."""
     run_dir = tmp_path_factory.mktemp("runs") / "skipping"
     changes = dict(explode_at=4, explode_steps=2, accumulate=2, skip_nonfinite=2)
     experiment = tiny.experiment(run_dir, **OFTEN, **changes)
@@ -48,7 +48,7 @@ def skipping(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_step_that_is_left_out_changes_nothing_but_the_count(skipping):
+def test_a_skipped_step_changes_only_the_step_number(skipping):
     experiment, run_dir = skipping
     before, skipped, after = (state_after(run_dir, step) for step in (4, 6, 7))
     chex.assert_trees_all_equal(skipped, before)
@@ -65,10 +65,10 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_count(skipping):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_between_two_of_them_ends_with_the_same_bits(
+def test_a_run_stopped_between_two_skipped_steps_ends_bit_identically(
     skipping, tmp_path, monkeypatch
 ):
-    """The count in a row is kept as well: with one less allowed, both would give up."""
+    """The number of skips in a row is restored, too, so with a lower limit the run gives up."""
     experiment, whole = skipping
     experiment = dataclasses.replace(experiment, run_dir=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
@@ -92,13 +92,13 @@ def test_a_run_that_is_stopped_between_two_of_them_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_the_first_step_is_never_left_out(tmp_path):
+def test_the_first_step_is_never_skipped(tmp_path):
     with pytest.raises(FloatingPointError, match="after step 1, .*nothing was saved yet"):
         loop.train(tiny.experiment(tmp_path, **OFTEN, explode_at=0, skip_nonfinite=9))
 
 
 @pytest.mark.parametrize("broken", ["loss", "grad_norm", "discriminator/grad_norm", None])
-def test_of_two_optimizers_both_leave_the_step_out_if_one_cannot_make_it(broken):
+def test_both_optimizers_skip_a_step_if_one_is_not_finite(broken):
     def train_step(state, frozen, batch, key):
         metrics = {"loss": 1.0, "grad_norm": 1.0, "discriminator/grad_norm": 1.0, "psnr": jnp.inf}
         metrics = {name: jnp.asarray(x) for name, x in metrics.items()} | batch
@@ -116,8 +116,8 @@ def test_of_two_optimizers_both_leave_the_step_out_if_one_cannot_make_it(broken)
 
 
 @pytest.mark.slow
-def test_the_tokenizer_s_task_tells_both_gradients_norms():
-    """By these names they are found."""
+def test_the_tokenizer_task_reports_both_gradient_norms():
+    """`skip_nonfinite_updates` finds them by these names."""
     task = adversarial.TASK
     step = skip_nonfinite_updates(functools.partial(task.train_step, plan=adversarial.PLAN))
     state = adversarial.state(task, 5)
@@ -128,8 +128,8 @@ def test_the_tokenizer_s_task_tells_both_gradients_norms():
 
 
 @pytest.mark.slow
-def test_it_takes_less_memory_than_a_second_state():
-    """At most parameters and updates are there twice, not averages and moments."""
+def test_skipping_takes_less_memory_than_a_second_state():
+    """At most the parameters and updates exist twice, but not the EMA and the moments."""
     task = tiny.Tiny(width=2**14)
     abstract = jax.eval_shape(task.init, jax.random.key(0))
     batch = make_loader(Digits(), 4).train_batch(0)
@@ -146,8 +146,7 @@ def test_it_takes_less_memory_than_a_second_state():
     assert bytes_used[1] - bytes_used[0] < 2.1 * trees.nbytes(abstract.params)
 
 
-def test_off_changes_nothing():
-    """Neither the program nor what a checkpoint holds."""
+def test_skip_counts_are_saved_only_if_there_are_any():
     assert LoopState("eval/loss", 1.0).to_meta().keys() == {
         "keep_best",
         "best",
@@ -163,7 +162,7 @@ def test_off_changes_nothing():
     assert "skip_nonfinite" in CHANGEABLE_FIELDS
 
 
-def test_a_task_that_does_not_tell_its_gradient_s_norm_is_refused():
+def test_a_task_without_the_metric_grad_norm_is_refused():
     step = skip_nonfinite_updates(lambda state, frozen, batch, key: (state, {"loss": jnp.ones(())}))
     with pytest.raises(InputError, match="no metric grad_norm"):
         jax.eval_shape(step, tiny.Tiny().init(jax.random.key(0)), {}, {}, jax.random.key(0))

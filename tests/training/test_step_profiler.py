@@ -11,7 +11,7 @@ from varjax.training.step_profiler import StepProfiler
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_early", [False, True])
-def test_the_steps_asked_for_are_traced(tmp_path, stop_early):
+def test_the_requested_steps_are_traced(tmp_path, stop_early):
     with StepProfiler("2:3", tmp_path) as profiler:
         for step in range(1, 3 if stop_early else 6):
             profiler.begin_step()
@@ -20,7 +20,7 @@ def test_the_steps_asked_for_are_traced(tmp_path, stop_early):
     assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
 
 
-def test_no_steps_are_no_trace(tmp_path):
+def test_no_steps_give_no_trace(tmp_path):
     with StepProfiler("", tmp_path) as profiler:
         profiler.begin_step()
         profiler.end_step(jnp.ones(3))
@@ -34,7 +34,7 @@ def test_anything_but_two_steps_in_order_is_refused(steps, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["start_trace", "stop_trace"])
-def test_a_trace_that_cannot_be_made_does_not_end_the_run(tmp_path, monkeypatch, broken, capfd):
+def test_a_failing_trace_does_not_end_the_run(tmp_path, monkeypatch, broken, capfd):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -48,7 +48,7 @@ def test_a_trace_that_cannot_be_made_does_not_end_the_run(tmp_path, monkeypatch,
     assert "no trace of the steps" in line and "No space left" in line
 
 
-def test_the_upload_of_a_trace_is_not_waited_for(tmp_path, monkeypatch):
+def test_a_slow_upload_of_a_trace_does_not_delay_the_end(tmp_path, monkeypatch):
     for name in ("start_trace", "stop_trace"):
         monkeypatch.setattr(jax.profiler, name, lambda *_: None)
     monkeypatch.setattr(step_profiler, "CLOSE_SECONDS", 0.05)

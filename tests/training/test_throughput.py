@@ -7,7 +7,7 @@ from varjax.runtime import hardware
 from varjax.training.goodput import ThroughputMeter
 
 
-def test_rates_are_over_the_time_that_was_not_paused(monkeypatch):
+def test_rates_exclude_paused_time(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(hardware, "peak_flops", lambda: 4e12)
@@ -60,7 +60,7 @@ def test_known_devices_have_their_published_peak(kind, tflops):
 @pytest.mark.parametrize(
     "kind", ["NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"]
 )
-def test_a_device_is_not_taken_for_a_faster_one_of_a_similar_name(kind):
+def test_a_device_is_not_taken_for_a_faster_one_with_a_similar_name(kind):
     assert hardware.published_peak_flops(kind) is None
 
 
@@ -71,7 +71,7 @@ def test_an_unknown_device_is_measured_once():
     assert 1e9 < peak < 1e15 and peak == hardware.peak_flops()
 
 
-def test_a_process_tells_its_memory():
+def test_memory_usage_reports_the_peak_of_the_process():
     found = hardware.memory_usage()
     assert found.keys() <= {"memory_gb", "memory_peak_gb"}
     before = found["memory_peak_gb"]
@@ -79,7 +79,7 @@ def test_a_process_tells_its_memory():
     assert len(held) and hardware.memory_usage()["memory_peak_gb"] >= max(before, 0.3)
 
 
-def test_of_several_devices_the_fullest_counts(monkeypatch):
+def test_memory_usage_is_that_of_the_fullest_device(monkeypatch):
     class Device:
         def __init__(self, now, most):
             self.memory_stats = lambda: {"bytes_in_use": now, "peak_bytes_in_use": most}

@@ -40,12 +40,12 @@ def test_accumulation_does_not_change_gradients_or_metrics(accumulate):
     assert parts[1]["by_output"].shape == (2,)
 
 
-def test_unequal_parts_are_refused():
+def test_unequal_microbatches_are_refused():
     with pytest.raises(ValueError, match="batch of 12 cannot be split into 5 equal"):
         train_step.accumulated_gradients(loss_fn, PARAMS, batch(12), accumulate=5)
 
 
-def test_apply_updates_params_ema_and_step_and_reports_norms():
+def test_apply_gradients_updates_params_ema_and_step_and_reports_norms():
     tx = optax.sgd(0.5)
     sgd: Any = SimpleNamespace(
         make=lambda plan, decayed: tx, updates=lambda opt_state: 3, lr=lambda step, plan: 0.5

@@ -11,7 +11,7 @@ from varjax.training.metric_writers import MetricWriter
 
 
 class StandIn(types.ModuleType):
-    """As much of the package wandb as the writer uses; it remembers what it was told."""
+    """Replaces the part of wandb that the writer uses, and records what it is given."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -29,7 +29,7 @@ class StandIn(types.ModuleType):
         return picture_HWC.shape
 
 
-def test_numbers_and_pictures_arrive_and_a_continued_run_goes_on_there(tmp_path, monkeypatch):
+def test_numbers_and_pictures_arrive_and_a_resumed_run_continues(tmp_path, monkeypatch):
     package = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", package)
     files.write_json(tmp_path / "config.json", {"seed": 3})
@@ -48,7 +48,7 @@ def test_numbers_and_pictures_arrive_and_a_continued_run_goes_on_there(tmp_path,
     assert len(package.logged[1]["samples"]) == 3 and package.finished == 2
 
 
-def test_one_process_of_several_tells_of_a_run(tmp_path, monkeypatch):
+def test_an_inactive_process_sends_nothing(tmp_path, monkeypatch):
     package = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", package)
     with MetricWriter(tmp_path, 0, active=False, wandb="digits") as writer:
@@ -56,7 +56,7 @@ def test_one_process_of_several_tells_of_a_run(tmp_path, monkeypatch):
     assert not package.begun
 
 
-def test_without_the_package_it_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+def test_a_missing_package_is_refused_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install wandb"):
         tiny.experiment(tmp_path, wandb="digits").check()

@@ -34,7 +34,7 @@ def begin(task, location, mesh=None):
 
 @pytest.fixture
 def saved(tmp_path):
-    """What `Tiny.pretrained` reads: "up/bias" of rows 1 and 3 fits rows 0 and 1, "down" not."""
+    """Writes weights that fit in part: "up/kernel", rows 1 and 3 of "up/bias", but not "down"."""
     rng = np.random.default_rng(0)
     shapes = {"up": {"kernel": (64, 16), "bias": (7,)}, "down": {"kernel": (16, 9)}, "old": (2,)}
     tree = jax.tree.map(
@@ -46,7 +46,7 @@ def saved(tmp_path):
     return str(tmp_path / "saved"), tree
 
 
-def test_what_fits_is_kept_and_what_does_not_is_named(saved, capsys):
+def test_parameters_that_fit_are_kept_and_others_are_listed(saved, capsys):
     location, tree = saved
     fresh = tiny.Tiny().init(KEY)
     state = begin(tiny.Tiny(), location)
@@ -62,8 +62,8 @@ def test_what_fits_is_kept_and_what_does_not_is_named(saved, capsys):
     assert "not used: old (2,)" in said
 
 
-def test_training_leaves_the_file_it_started_from_alone(saved):
-    """Memory maps may be taken over without a copy, and the step's arguments are donated."""
+def test_training_does_not_change_the_file_it_started_from(saved):
+    """JAX may use a memory map without a copy, and the step donates its arguments."""
     location, tree = saved
     task, batch = tiny.Tiny(), tiny.Digits().make(8, seed=0).train_batch(0)
     step = jax.jit(functools.partial(task.train_step, plan=Plan()), donate_argnums=0)
@@ -82,7 +82,7 @@ def test_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_continues_without_what_it_started_from(saved, tmp_path):
+def test_a_run_continues_after_its_init_from_is_deleted(saved, tmp_path):
     location, _ = saved
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="does not exist"):
@@ -98,7 +98,7 @@ def test_a_run_continues_without_what_it_started_from(saved, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_gives_its_average_and_other_classes_and_scales_keep_what_means_the_same(capsys):
+def test_init_from_takes_the_ema_and_matching_rows_of_classes_and_scales(capsys):
     _, there, average, _ = read_model(runs.var(), ema=True)
     average, here = jax.device_get(average), dataclasses.replace(there, classes=4, scales=(1, 3, 4))
     tokenizer = dataclasses.replace(runs.TOKENIZER, scales=(1, 3, 4))
@@ -144,7 +144,7 @@ np.save(sys.argv[3], np.asarray(state.params["up"]["bias"]))
 
 
 @pytest.mark.slow
-def test_a_sharded_state_starts_from_the_same_numbers(saved, tmp_path):
+def test_a_sharded_state_starts_from_the_same_values(saved, tmp_path):
     location, tree = saved
     paths = [str(tmp_path / name) for name in ("kernel.npy", "bias.npy")]
     command = [sys.executable, "-c", SHARDED, location, *paths]
@@ -156,7 +156,7 @@ def test_a_sharded_state_starts_from_the_same_numbers(saved, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fork_goes_on_as_the_run_itself_and_under_other_settings(whole, tmp_path):
+def test_a_fork_continues_like_its_source_or_with_other_settings(whole, tmp_path):
     run_dir, _ = whole
     loop.train(tiny.experiment(tmp_path / "same", fork_from=f"{run_dir}@20", keep_best="eval/loss"))
     for ema in (False, True):
@@ -171,7 +171,7 @@ def test_a_fork_goes_on_as_the_run_itself_and_under_other_settings(whole, tmp_pa
     assert tiny.weights(tmp_path / "longer")[0] == 34
 
 
-def test_what_cannot_be_forked_is_refused(tmp_path):
+def test_invalid_forks_are_refused(tmp_path):
     e = tiny.experiment(tmp_path / "other", fork_from=str(tmp_path))
     with pytest.raises(InputError, match="has no checkpoint"):
         loop.train(e)
@@ -196,8 +196,8 @@ def test_what_cannot_be_forked_is_refused(tmp_path):
         dataclasses.replace(e, init_from="a").check()
 
 
-def test_a_run_s_name_may_hold_an_at_sign(whole, tmp_path):
-    """Its step is what follows the last one, unless that belongs to the name of a run."""
+def test_the_name_of_a_run_may_contain_an_at_sign(whole, tmp_path):
+    """A step follows the last @, unless the whole text is the name of a run."""
     run_dir, _ = whole
     step = SavedSteps(run_dir / "checkpoints").steps()[0]
     for name in ("me@host/run", "run@3", f"run@{step}"):
@@ -205,6 +205,6 @@ def test_a_run_s_name_may_hold_an_at_sign(whole, tmp_path):
         (tmp_path / name).symlink_to(run_dir)
         assert _run_and_step(f"{tmp_path}/{name}") == (f"{tmp_path}/{name}", None)
         assert _run_and_step(f"{tmp_path}/{name}@{step}") == (f"{tmp_path}/{name}", step)
-    assert _run_and_step("me@host/run") == ("me@host/run", None)  # as it is named in the message
+    assert _run_and_step("me@host/run") == ("me@host/run", None)  # a relative path
     assert _run_and_step("runs/a@²") == ("runs/a@²", None)
     assert _run_and_step("@5") == ("@5", None)

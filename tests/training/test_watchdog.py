@@ -1,4 +1,4 @@
-"""A run that hangs is ended with its own exit code, and says where it hung."""
+"""Tests that the watchdog ends a run that hangs, and reports where it hung."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ with Watchdog(0.5 / 60, pathlib.Path(sys.argv[1]) / "error.txt") as watchdog:
 
 
 @pytest.mark.slow
-def test_where_it_hangs_is_written_and_the_process_ends(tmp_path):
+def test_a_hang_ends_the_process_and_its_stack_is_reported(tmp_path):
     process = start(HANGS, tmp_path)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == STALLED_EXIT_CODE
@@ -57,8 +57,8 @@ def test_where_it_hangs_is_written_and_the_process_ends(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_and_a_terminal_that_hang_do_not_keep_it(tmp_path):
-    """Nobody reads the pipes that the report and stderr are."""
+def test_a_hanging_disk_or_terminal_does_not_block_the_watchdog(tmp_path):
+    """The report and stderr are pipes that nobody reads."""
     os.mkfifo(tmp_path / "error.txt")
     fill = "import os, fcntl, varjax.training.watchdog as w; w.WRITE_SECONDS = 0.3\n"
     fill += "fcntl.fcntl(2, fcntl.F_SETPIPE_SZ, 4096); os.write(2, bytes(4096))\n"
@@ -84,7 +84,7 @@ time.sleep(1.5)  # it has ended
 
 
 @pytest.mark.slow
-def test_progress_pauses_and_a_stopped_process_are_no_hang(tmp_path):
+def test_progress_pauses_and_sigstop_do_not_count_as_a_hang(tmp_path):
     process = start(PROGRESS, tmp_path)
     assert process.stdout is not None
     process.stdout.readline()
@@ -96,7 +96,7 @@ def test_progress_pauses_and_a_stopped_process_are_no_hang(tmp_path):
     assert not (tmp_path / "error.txt").exists()
 
 
-def test_no_minutes_are_no_watchdog(tmp_path):
+def test_zero_minutes_start_no_watchdog(tmp_path):
     with Watchdog(0, tmp_path / "error.txt") as watchdog:
         watchdog.progress()
         assert watchdog._thread is None
