@@ -1,4 +1,4 @@
-"""Exit codes and messages of commands."""
+"""Tests exit codes and messages of commands."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from varjax.storage.read_errors import retry_read
 
 
 def fail(*errors):
-    """An action that raises the first error, from the second, and so on."""
+    """Returns an action that raises the first error, caused by the second, and so on."""
 
     def action():
         for error, cause in zip(errors, (*errors[1:], None), strict=True):
@@ -40,7 +40,7 @@ def test_a_failing_machine_ends_a_command_with_a_message(name, capsys):
     assert "again" in said and "Traceback" not in said
 
 
-def test_with_debug_it_has_a_traceback():
+def test_debug_raises_errors_of_the_machine():
     with pytest.raises(OSError):
         run_command("varjax sample", fail(*FAILURES["disk"]), debug=True)
 
@@ -53,7 +53,7 @@ def test_a_bug_is_raised(bug):
         run_command("varjax sample", fail(bug))
 
 
-def test_a_bug_while_an_error_of_the_machine_is_handled_is_raised():
+def test_a_bug_while_handling_a_machine_error_is_raised():
     def action():
         try:
             raise OSError(errno.EIO, "Input/output error")
@@ -64,7 +64,7 @@ def test_a_bug_while_an_error_of_the_machine_is_handled_is_raised():
         run_command("varjax sample", action)
 
 
-def test_what_to_do_follows_from_the_error():
+def test_the_advice_depends_on_the_error():
     def read(code):
         raise OSError(code, os.strerror(code))
 
@@ -107,7 +107,7 @@ sys.exit(run_command("x", action))
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_a_program_is_compiled_ends_without_a_crash():
+def test_ctrl_c_during_compilation_ends_without_a_crash():
     command = [sys.executable, "-c", SLOW_TO_COMPILE]
     ended = forked.run(command, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout, ended.stderr) == (
@@ -117,7 +117,7 @@ def test_ctrl_c_while_a_program_is_compiled_ends_without_a_crash():
     )
 
 
-def test_a_process_without_stdout_ends_at_once_too(monkeypatch):
+def test_a_process_without_stdout_also_ends_at_once(monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(sys, "stdout", None)
@@ -126,7 +126,7 @@ def test_a_process_without_stdout_ends_at_once_too(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["VARJAX_MAX_PIXELS", "VARJAX_MAX_ASPECT_RATIO"])
-def test_a_wrong_image_limit_ends_a_command_before_it_begins(name, monkeypatch, capsys):
+def test_an_invalid_image_limit_is_refused_before_the_action(name, monkeypatch, capsys):
     monkeypatch.setenv(name, "-1")
     begun = []
     assert run_command("varjax train", lambda: begun.append(1)) == 1 and not begun
@@ -150,7 +150,7 @@ def test_another_broken_pipe_is_a_bug():
 
 
 @pytest.mark.parametrize("argument", ["", " ", "=3", "word", "--flg=3"])
-def test_an_unknown_argument_is_said_in_one_line(argument, capsys):
+def test_an_unknown_argument_is_reported_in_one_line(argument, capsys):
     parser = command_parser("varjax x", None)
     parser.add_argument("--flag")
     with pytest.raises(SystemExit) as ended:

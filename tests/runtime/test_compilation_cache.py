@@ -29,7 +29,7 @@ def run(**environment):
 
 
 @pytest.mark.slow
-def test_programs_are_kept_where_the_user_wants_them(tmp_path):
+def test_programs_are_cached_where_the_user_chooses(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     folder, most = run(VARJAX_CACHE=str(here))
     assert folder == str(here / "xla") and int(most) == 4 * 10**9
@@ -54,12 +54,12 @@ def no_folder(tmp_path, monkeypatch):
         jax.config.update(name, value)
 
 
-def test_a_loaded_model_keeps_its_programs_as_commands_do(tmp_path, no_folder):
+def test_loading_a_model_turns_the_cache_on(tmp_path, no_folder):
     varjax.load(runs.untrained_var())
     assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "xla")
 
 
-def test_several_processes_on_cpus_compile_at_the_same_time(tmp_path, no_folder, monkeypatch):
+def test_several_cpu_processes_do_not_use_the_cache(tmp_path, no_folder, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     use_compilation_cache()

@@ -1,4 +1,4 @@
-"""Batches on four devices that do not divide them, in a process of its own."""
+"""Tests batches that are split over several devices, and how their programs are compiled."""
 
 import os
 import sys
@@ -39,12 +39,12 @@ def test_each_device_computes_its_share_of_a_padded_batch():
     assert done.stdout.split("\n")[0] == "[0, 1, 1, 2, 2]", done.stderr
 
 
-def test_no_device_is_refused():
+def test_an_empty_list_of_devices_is_refused():
     with pytest.raises(InputError, match="devices is empty"):
         batch_mesh([])
 
 
-def test_nothing_compiles_again_for_other_parameters():
+def test_other_parameters_do_not_recompile():
     double = data_parallel(lambda params, _, x_BC: params * x_BC, batch_mesh(jax.devices()[:1]))
     for factor in (1.0, 2.0):
         np.testing.assert_array_equal(
@@ -61,9 +61,7 @@ def test_nothing_compiles_again_for_other_parameters():
         ("--xla_backend_optimization_level=3", None),
     ],
 )
-def test_a_cpu_s_programs_compile_quickly_unless_the_user_says_otherwise(
-    flags, options, monkeypatch
-):
+def test_cpu_programs_compile_quickly_unless_xla_flags_set_the_level(flags, options, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     found, jit = [], jax.jit
     monkeypatch.setattr(jax, "jit", lambda f, **given: found.append(given) or jit(f, **given))
@@ -72,7 +70,7 @@ def test_a_cpu_s_programs_compile_quickly_unless_the_user_says_otherwise(
     np.testing.assert_array_equal(double(np.float32(2), None, np.ones((3, 2), np.float32)), 2)
 
 
-def test_other_platforms_compile_as_ever(monkeypatch):
+def test_other_platforms_have_no_compiler_options(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     device = types.SimpleNamespace(platform="gpu")
     mesh = types.SimpleNamespace(devices=np.array([device]))

@@ -17,7 +17,7 @@ def parse(text):
 
 @pytest.fixture
 def connected(monkeypatch):
-    """The arguments of every `jax.distributed.initialize`, which does nothing."""
+    """Records the arguments of `jax.distributed.initialize`, and makes it do nothing."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *numbers, **_: calls.append(numbers))
     return calls
@@ -34,7 +34,7 @@ def test_flags_reach_jax(connected):
     assert connected == [(None, None, None), ("host:7777", 3, 2)]
 
 
-def test_work_is_shared_out_without_connecting(connected):
+def test_work_is_divided_without_connecting(connected):
     flags = parse("--processes=8 --process=7")
     assert connect_by_flags(flags, communicate=False) == (7, 8)
     assert connected == []
@@ -42,8 +42,8 @@ def test_work_is_shared_out_without_connecting(connected):
         connect_by_flags(flags)
 
 
-def test_in_a_cluster_work_is_shared_out_without_connecting(connected, monkeypatch):
-    """The other processes need not be there: connected ones would wait for them at the end."""
+def test_work_is_divided_in_a_cluster_without_connecting(connected, monkeypatch):
+    """The other processes need not run, because only connected ones wait for each other."""
     flags, options = parse("--distributed"), {}
     monkeypatch.setattr(jax.config, "update", options.__setitem__)
     with pytest.raises(InputError, match="no cluster was found; --distributed alone works with"):
@@ -73,13 +73,13 @@ def test_in_a_cluster_work_is_shared_out_without_connecting(connected, monkeypat
         ("--coordinator=a:1 --processes=2 --process=2", "--process=2 must be from 0 to 1"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(connected, text, message):
+def test_invalid_flags_are_refused(connected, text, message):
     with pytest.raises(InputError, match=message):
         connect_by_flags(parse(text))
     assert connected == []
 
 
-def test_where_no_cluster_is_found_the_flags_are_told(monkeypatch):
+def test_the_error_names_the_flags_if_no_cluster_is_found(monkeypatch):
     def initialize(*_, **__):
         raise ValueError("coordinator_address should be defined")
 
@@ -88,7 +88,7 @@ def test_where_no_cluster_is_found_the_flags_are_told(monkeypatch):
         connect_by_flags(parse("--distributed"))
 
 
-def test_one_process_agrees_with_itself():
+def test_gathering_works_in_a_single_process():
     assert distributed.gather_json({"a": 1}) == [{"a": 1}]
     assert distributed.on_first_process(lambda: 3) == 3
     assert distributed.on_all_processes(lambda: 3) == [3]
@@ -104,14 +104,14 @@ def test_an_error_in_any_process_is_raised_in_all(monkeypatch):
         distributed.on_all_processes(lambda: 3)
 
 
-def test_a_file_of_another_machine_is_waited_for(tmp_path):
+def test_check_shared_file_waits_for_a_late_file(tmp_path):
     timer = threading.Timer(0.3, (tmp_path / "a").touch)
     timer.start()
     distributed.check_shared_file(tmp_path / "a")
     timer.join()
 
 
-def test_a_file_that_some_process_never_sees_is_an_error_of_all(tmp_path, monkeypatch):
+def test_a_file_that_one_process_never_sees_is_an_error_in_all(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "NETWORK_SECONDS", 0.0)
     monkeypatch.setattr(distributed, "gather_json", lambda mine: [True, mine])
     with pytest.raises(InputError, match="a, which process 0 wrote, is not visible to process 1;"):

@@ -23,7 +23,7 @@ def test_only_the_first_call_is_in_the_context():
 
 @pytest.fixture
 def said(monkeypatch):
-    """Lines that were said, and an event after the first one."""
+    """Returns the printed lines, and an event that the first of them sets."""
     lines, event = [], threading.Event()
     monkeypatch.setattr(first_call, "say", lambda text: (lines.append(text), event.set()))
     return lines, event
@@ -38,7 +38,7 @@ def test_a_long_compilation_is_announced_while_it_lasts(said, monkeypatch):
     assert lines[1:] == ["compiled the sampler in 0 s"]
 
 
-def test_one_that_failed_is_not_called_compiled(said, monkeypatch):
+def test_a_failed_compilation_is_not_reported_as_compiled(said, monkeypatch):
     lines, event = said
     monkeypatch.setattr(first_call, "SILENT_SECONDS", 0.01)
     with pytest.raises(MemoryError), announce_compilation("the sampler"):
@@ -47,7 +47,7 @@ def test_one_that_failed_is_not_called_compiled(said, monkeypatch):
     assert lines == ["compiling the sampler …"]
 
 
-def test_a_program_from_the_disk_and_other_processes_say_nothing(said, monkeypatch):
+def test_cached_programs_and_other_processes_print_nothing(said, monkeypatch):
     lines, _ = said
     threads = threading.active_count()
     with announce_compilation("the sampler"):

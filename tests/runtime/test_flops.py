@@ -12,7 +12,7 @@ def test_matrix_products_count_twice_their_multiply_adds():
     assert flops.count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), A, B) == 2 * 3 * 4 * 5 * 7
 
 
-def test_a_scan_counts_each_turn_and_jit_nothing_extra():
+def test_a_scan_counts_each_iteration_and_jit_adds_nothing():
     def function(a, b):
         return jax.lax.scan(lambda c, _: (c, jax.jit(jnp.matmul)(a, b)), 0, None, length=6)[1]
 
@@ -31,7 +31,7 @@ def test_convolutions_count_every_output_and_tap():
     assert flops.count(function, image, kernel) == 2 * (2 * 4 * 4 * 10) * (3 * 3 * 3)
 
 
-def test_the_gradients_of_a_product_and_of_a_strided_convolution_cost_twice_the_forward_pass():
+def test_gradients_cost_twice_the_forward_pass():
     image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((2, 2, 3, 10))
 
     def convolve(image, kernel):
@@ -45,14 +45,14 @@ def test_the_gradients_of_a_product_and_of_a_strided_convolution_cost_twice_the_
         assert flops.count(jax.grad(loss, argnums=(0, 1)), x, y) == 3 * forward
 
 
-def test_of_a_condition_the_branch_with_the_most_work_counts():
+def test_a_cond_counts_its_most_expensive_branch():
     def function(on, a, b):
         return jax.lax.cond(on, lambda: a @ b @ b.mT @ b, lambda: a @ b)
 
     assert flops.count(function, True, A, B) == 3 * 2 * 3 * 4 * 5 * 7
 
 
-def test_a_loop_of_unknown_length_is_refused_if_it_has_products():
+def test_a_loop_of_unknown_length_with_products_is_refused():
     def products(n, a, b):
         return jax.lax.fori_loop(0, n, lambda i, c: c + a @ b, jnp.zeros((3, 4, 7)))
 

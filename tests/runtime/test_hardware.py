@@ -1,4 +1,4 @@
-"""Measurements of this machine's devices."""
+"""Tests measurements of this machine's devices."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from varjax.runtime import hardware
 
 
-def test_a_matrix_product_is_compiled_for_its_first_measurement_only(caplog):
+def test_a_matmul_is_compiled_only_for_its_first_measurement(caplog):
     hardware.matmul_flops(24, jnp.float32, "highest")
     with jax.log_compiles():
         assert hardware.matmul_flops(24, jnp.float32, "highest") > 0

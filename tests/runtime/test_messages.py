@@ -18,11 +18,11 @@ from varjax.runtime.messages import duration, hide_bars, say
         (2e5, "2.3 days"),
     ],
 )
-def test_durations_have_a_unit_that_suits_them(seconds, text):
+def test_durations_have_a_suitable_unit(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_hidden_bar_comes_back_after_the_next_line(monkeypatch):
+def test_a_hidden_bar_reappears_after_the_next_line(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with tqdm(total=9, file=stream, desc="a bar", ascii=True):

@@ -7,13 +7,13 @@ from varjax.runtime import reproducibility
 from varjax.runtime.reproducibility import jax_draws, pixels_digest
 
 
-def test_digests_are_always_the_same():
-    """Where one of these changes with a new release, runs cannot be continued exactly."""
+def test_digests_are_stable():
+    """If a new release changes one of these, runs cannot continue exactly."""
     assert reproducibility.random_numbers_digest() == "0b98856e58ffbb5c"
     assert pixels_digest() == pixels_digest.__wrapped__()
 
 
-def test_flags_of_jax_change_the_draws():
+def test_jax_flags_change_the_draws():
     found = {jax_draws()["random_numbers"]}
     for implementation in ("rbg", "unsafe_rbg"):
         with jax.default_prng_impl(implementation):
@@ -24,9 +24,9 @@ def test_flags_of_jax_change_the_draws():
     assert len(found) == 4
 
 
-def test_rounding_of_other_devices_does_not_change_the_draws():
+def test_rounding_on_other_devices_does_not_change_the_draws():
     drawn = np.asarray(reproducibility._draw_with_jax("threefry2x32")["normal"]) * 8
-    assert np.abs(drawn - np.floor(drawn) - 0.5).min() > 0.01  # thousands of times their errors
+    assert np.abs(drawn - np.floor(drawn) - 0.5).min() > 0.01  # thousands of rounding errors
 
 
 @pytest.mark.parametrize("change", ["decoder", "resizing"])
