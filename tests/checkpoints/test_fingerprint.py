@@ -32,16 +32,16 @@ def either(request, monkeypatch):
     monkeypatch.setattr(fingerprint, "MIN_DEVICE_BYTES", 0 if request.param == "devices" else 2**40)
 
 
-def test_devices_and_numpy_give_the_same(monkeypatch):
+def test_devices_and_numpy_give_the_same_fingerprints(monkeypatch):
     arrays = {name: jnp.asarray(x) for name, x in ARRAYS.items()}
     by_numpy = fingerprints(arrays)
     monkeypatch.setattr(fingerprint, "MIN_DEVICE_BYTES", 0)
     assert fingerprints(arrays) == by_numpy
-    # A change of these would make every checkpoint that is there look damaged.
+    # If this changed, every existing checkpoint would look damaged.
     assert of(np.arange(6, dtype=np.int32)) == "int32[6] e154d13c7c6dfc64"
 
 
-def test_arrays_of_one_process_need_no_other(monkeypatch):
+def test_local_arrays_do_not_wait_for_other_processes(monkeypatch):
     """The first of several processes reads a tokenizer's weights while the others wait for it."""
     expected = of(X)
     monkeypatch.setattr(fingerprint, "gather_json", lambda parts: pytest.fail("waits for others"))
@@ -60,20 +60,20 @@ def test_each_bit_of_each_element_counts(name):
         assert of(flipped.view(x.dtype).reshape(x.shape)) != expected
 
 
-def test_order_shape_and_type_count(either):
+def test_fingerprints_depend_on_order_shape_and_dtype(either):
     assert of(X) == of(X.copy())
     others = [X[::-1], X[:, ::-1], X[:, :, ::-1], X.swapaxes(1, 2), X.reshape(6, 4, 8), X[:2]]
     others += [X.view(np.int32), np.zeros_like(X)]
     texts = {of(x) for x in (X, *others)}
     assert len(texts) == 1 + len(others)
-    # Two signs, as any sum of odd multiples of the bits would overlook.
+    # Two flipped signs, which cancel in any sum of odd multiples of the bits.
     signs = X.copy()
     signs[0, 0, 0], signs[3, 5, 7] = -signs[0, 0, 0], -signs[3, 5, 7]
     assert of(signs) != of(X)
 
 
 def spread(parts_of_axes, copies=1):
-    """An array of several processes: each axis cut into parts, each part there more than once."""
+    """Imitates an array over several processes, each axis cut into parts, with copies of each."""
     cuts = []
     for length, parts in zip(X.shape, parts_of_axes, strict=True):
         step = length // parts
@@ -89,12 +89,12 @@ def spread(parts_of_axes, copies=1):
 
 
 @pytest.mark.parametrize("parts", [(1, 1, 1), (2, 1, 4), (4, 3, 2), (1, 6, 1)])
-def test_it_does_not_depend_on_the_mesh(parts, either):
+def test_fingerprints_do_not_depend_on_the_mesh(parts, either):
     assert fingerprints({"x": spread(parts)})["x"] == of(X)
     assert fingerprints({"x": spread(parts, copies=2)})["x"] == of(X)
 
 
-def test_parts_of_processes_are_added_once_and_copies_must_be_equal(monkeypatch):
+def test_each_part_is_added_once_and_copies_must_be_equal(monkeypatch):
     x = spread((2, 1, 1))
     first, second = ({key: [int(n) for n in p]} for key, p in fingerprint._shard_sums(x).items())
 
@@ -109,8 +109,8 @@ def test_parts_of_processes_are_added_once_and_copies_must_be_equal(monkeypatch)
     assert gathered(first | second, {start: [a, b ^ 1]}) == ""
 
 
-def test_only_the_copies_that_are_written_count_where_copies_differ():
-    """Replicas differ by rounding where a program is not deterministic; Orbax writes the first."""
+def test_only_written_copies_count_if_copies_differ():
+    """Replicas may differ by rounding if a program is not deterministic; Orbax writes the first."""
     x = spread((2, 1, 1))
     others = [
         types.SimpleNamespace(index=shard.index, data=shard.data + 1, replica_id=1)
@@ -126,7 +126,7 @@ def test_only_the_copies_that_are_written_count_where_copies_differ():
 OF_X = of(X)
 
 
-def test_descriptions():
+def test_arrays_and_shape_structs_have_the_same_description():
     assert (
         dtype_and_shape(X)
         == dtype_and_shape(jax.ShapeDtypeStruct(X.shape, X.dtype))

@@ -1,4 +1,4 @@
-"""Weights of runs as they were chosen, and config.json of strangers: one message that names it."""
+"""Tests which weights of a run are read, and that invalid config.json files are refused."""
 
 import json
 
@@ -39,7 +39,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_config_of_anything_is_refused_by_all_that_read_models(tmp_path, config):
+def test_loading_an_invalid_config_json_is_refused(tmp_path, config):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(config)
@@ -56,7 +56,7 @@ def test_a_config_of_anything_is_refused_by_all_that_read_models(tmp_path, confi
 
 @pytest.mark.parametrize(("metric", "expected"), [("eval/loss", 0), ("eval_ema/loss", 1)])
 @pytest.mark.parametrize("folders", [["best"], ["best", "checkpoints"]])
-def test_the_best_step_is_the_same_by_its_number(tmp_path, metric, expected, folders):
+def test_the_best_step_has_the_same_weights_by_its_number(tmp_path, metric, expected, folders):
     weights = {"params": {"w": jnp.zeros(1)}, "ema": {"w": jnp.ones(1)}}
     for folder in folders:
         with Checkpoints(tmp_path / folder) as checkpoints:
