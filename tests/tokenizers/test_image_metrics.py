@@ -1,4 +1,4 @@
-"""Measures of images against the same written out another way."""
+"""PSNR, SSIM and mean gradient of images, against independent computations."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ B_BHWC = np.clip(A_BHWC + np.float32([0.02, 0.1, 0.5])[:, None, None, None] * RN
 
 
 def skimage_ssim(a_HW, b_HW):
-    """As scikit-image computes it: SciPy's filter, then the border of five pixels cut off."""
+    """Computes SSIM as scikit-image does, with SciPy's filter and without a 5-pixel border."""
 
     def blur(x):
         return ndimage.gaussian_filter(x, 1.5, truncate=3.5)
@@ -28,7 +28,7 @@ def skimage_ssim(a_HW, b_HW):
     return s[5:-5, 5:-5].mean()
 
 
-def test_ssim_is_that_of_scikit_image():
+def test_ssim_matches_scikit_image():
     expected = [
         np.mean([skimage_ssim(a[..., c], b[..., c]) for c in range(3)])
         for a, b in zip(A_BHWC, B_BHWC, strict=True)
@@ -40,7 +40,7 @@ def test_ssim_is_that_of_scikit_image():
         image_metrics.ssim(jnp.zeros((1, 8, 23, 1)), jnp.zeros((1, 8, 23, 1)))
 
 
-def test_psnr_and_gradients_by_hand():
+def test_psnr_and_mean_gradient_match_known_values():
     half = jnp.full((1, 2, 2, 1), 0.5)
     np.testing.assert_allclose(image_metrics.psnr(half, half - 0.1), 20, rtol=1e-5)
     ramp_BHWC = (3 * jnp.arange(5.0)[:, None] + 4 * jnp.arange(6.0)[None])[None, ..., None]

@@ -1,4 +1,4 @@
-"""What the official AutoencoderKL computes from the same weights."""
+"""The KL tokenizer against the official AutoencoderKL with the same weights."""
 
 import jax
 import numpy as np
@@ -10,12 +10,12 @@ from varjax.tokenizers.kl.model import KLTokenizer, kl_divergence
 
 
 def assert_close(found, expected):
-    """To 1e-4 of the largest number: single ones may be near 0."""
+    """Checks values to within 1e-4 of the largest one, because single values may be near 0."""
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.slow
-def test_the_posterior_and_its_mode_decoded_are_the_reference_s():
+def test_posterior_and_decoded_mode_match_reference():
     config, params, expected = golden.config(), golden.params(), golden.outputs()
     images_BHWC = (golden.image() + 1) / 2
 
@@ -31,5 +31,5 @@ def test_the_posterior_and_its_mode_decoded_are_the_reference_s():
     assert_close(latents["std_BhwZ"], expected["std"])
     assert_close(kl_B, expected["kl"])
     assert_close(y_BHWC, expected["decoded"])
-    assert np.abs(expected["decoded"]).max() > 1  # so the next line sees the clipping
+    assert np.abs(expected["decoded"]).max() > 1  # so that the next line tests clipping
     assert_close(decoded_BHWC, to_unit_range(np.clip(expected["decoded"], -1, 1)))

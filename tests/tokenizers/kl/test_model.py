@@ -30,7 +30,7 @@ def small() -> tuple[KLConfig, dict]:
     return config, jax.jit(config.init)(jax.random.key(0))
 
 
-def test_the_defaults_are_the_released_model():
+def test_defaults_match_the_released_model():
     params = abstract_params(KLConfig())
     sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
     assert sizes.pop("latent_std") == 1 and sum(sizes.values()) == 66_456_019
@@ -40,7 +40,7 @@ def test_the_defaults_are_the_released_model():
 
 
 @pytest.mark.slow
-def test_encoding_and_decoding_are_the_halves_of_the_module():
+def test_encode_and_decode_match_the_forward_pass():
     config, params = small()
     images_BHWC = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 2), np.uint8)
     latents = jax.jit(config.encode)(params, images_BHWC)
@@ -56,7 +56,7 @@ def test_encoding_and_decoding_are_the_halves_of_the_module():
 
 
 @pytest.mark.slow
-def test_no_gradient_reaches_the_scale_and_every_other_parameter_has_one():
+def test_every_parameter_but_latent_std_has_a_gradient():
     config, params = small()
 
     @jax.jit
@@ -72,8 +72,8 @@ def test_no_gradient_reaches_the_scale_and_every_other_parameter_has_one():
     assert all(np.any(g != 0) for g in jax.tree.leaves(found))
 
 
-def test_divergence_is_that_of_the_densities():
-    """By samples: the mean of log posterior(z) - log normal(z)."""
+def test_kl_divergence_matches_an_estimate_from_samples():
+    """The estimate is the mean of log posterior(z) - log normal(z)."""
     mean_BhwZ, std_BhwZ = np.float32([[[[0.5, -1.0]]]]), np.float32([[[[0.3, 2.0]]]])
     latents = {"mean_BhwZ": jnp.asarray(mean_BhwZ), "std_BhwZ": jnp.asarray(std_BhwZ)}
     noise_BhwZ = np.random.default_rng(0).standard_normal((200_000, 1, 1, 2), np.float32)
@@ -84,7 +84,7 @@ def test_divergence_is_that_of_the_densities():
     assert kl_divergence(normal) == 0
 
 
-def test_log_variances_stay_within_their_bounds():
+def test_log_variances_are_clipped():
     moments_BhwC = jnp.array([[[[5.0, -5.0, -1000.0, 1000.0]]]])
     latents = split_moments(moments_BhwC)
     np.testing.assert_array_equal(latents["mean_BhwZ"].ravel(), [5, -5])
@@ -92,7 +92,7 @@ def test_log_variances_stay_within_their_bounds():
     assert np.isfinite(kl_divergence(latents)).all()
 
 
-def test_samples_are_mean_and_noise():
+def test_samples_are_the_mean_plus_scaled_noise():
     latents = {"mean_BhwZ": jnp.full((1, 1, 1, 2), 3.0), "std_BhwZ": jnp.full((1, 1, 1, 2), 0.5)}
     found = sample_posterior(latents, jnp.array([[[[2.0, -4.0]]]]))
     np.testing.assert_array_equal(found.ravel(), [4, 1])

@@ -1,4 +1,4 @@
-"""What the report on a KL tokenizer adds to that on reconstructions."""
+"""Metrics of the posterior in the evaluation report on a KL tokenizer."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (7, *CONFIG.image_shape), np.
 
 @dataclasses.dataclass(frozen=True)
 class Seven:
-    """A loader of seven images, of which number 3 is broken."""
+    """A loader of seven images, of which number 3 is invalid."""
 
     batch_size: int
 
@@ -37,7 +37,7 @@ def params():
 
 
 @pytest.mark.slow
-def test_figures_are_those_of_the_images_one_by_one(params):
+def test_metrics_match_a_direct_computation_on_valid_images(params):
     report = measure_split(CONFIG, params, Seven(4), show=(0, 6), worst=2).summary()
     valid = IMAGES[np.arange(7) != 3]
     latents = jax.jit(CONFIG.encode)(params, valid)
@@ -58,7 +58,7 @@ def test_figures_are_those_of_the_images_one_by_one(params):
 
 
 @pytest.mark.slow
-def test_the_command_serves_it(params, tmp_path, capsys):
+def test_evaluate_tokenizer_supports_kl_tokenizers(params, tmp_path, capsys):
     settings = {"sources": {}, "tokenizer": config_tree.to_dict(CONFIG)}
     files.write_json(tmp_path / "config.json", settings)
     files.write_tensors(tmp_path / "tokenizer.safetensors", jax.device_get(params), {})

@@ -1,4 +1,4 @@
-"""A run with a discriminator: continued to the bit, then a tokenizer like any other."""
+"""Runs of a KL tokenizer with a discriminator: exact resume, loading and conversion."""
 
 import shutil
 
@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
     return run_dir
 
 
-def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(whole, tmp_path):
+def test_an_interrupted_run_resumes_exactly(whole, tmp_path):
     run_dir = tmp_path / "cut"
     shutil.copytree(whole, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "4")
@@ -46,7 +46,7 @@ def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(whole, tmp_path
     assert lines(run_dir)[-1] == lines(whole)[-1]
 
 
-def test_it_is_loaded_with_the_scale_of_its_latents(whole, tmp_path):
+def test_a_run_loads_and_converts_with_its_latent_std(whole, tmp_path):
     tokenizer = varjax.load_tokenizer(whole)
     assert tokenizer.config == MODEL
     scales = [line["latent_std"] for line in lines(whole) if "latent_std" in line]

@@ -29,7 +29,7 @@ def state():
 
 @pytest.fixture(scope="module")
 def train_step():
-    """Compiled once for the tests that share its settings."""
+    """Returns a training step that is compiled once for all tests with its settings."""
     return jax.jit(functools.partial(TASK.train_step, plan=Plan()))
 
 
@@ -60,8 +60,8 @@ def test_loss_is_the_weighted_sum_of_its_terms(state):
 
 
 @pytest.mark.slow
-def test_the_scale_is_the_spread_of_samples_over_the_data(state):
-    """By many samples, where the task computes it from the moments."""
+def test_latent_std_matches_that_of_posterior_samples(state):
+    """Measures the deviation of many samples; the task computes it from moments."""
     latents = jax.jit(CONFIG.encode)(state.params, IMAGE_BHWC)
     noise = np.random.default_rng(0).standard_normal((500, 6, *CONFIG.latent_shape), np.float32)
     samples = np.asarray(jax.vmap(lambda x: sample_posterior(latents, x))(jnp.asarray(noise)))
@@ -69,14 +69,14 @@ def test_the_scale_is_the_spread_of_samples_over_the_data(state):
 
 
 @pytest.mark.slow
-def test_the_scale_starts_at_the_first_batch_and_then_follows(state, train_step):
+def test_latent_std_is_a_moving_average_from_the_first_batch_on(state, train_step):
     @jax.jit
     def spread(params):
         moments = latent_moments(CONFIG.encode(params, IMAGE_BHWC))
         mean, square = (jnp.mean(x_B) for x_B in moments.values())
         return jnp.sqrt(square - mean**2)
 
-    # As of a run that starts from another's weights: what these were measured on does not count.
+    # A run that starts from another's weights ignores their latent_std.
     state = dataclasses.replace(state, params=state.params | {"latent_std": jnp.float32(7)})
     first, _ = train_step(state, {}, BATCH, KEY)
     np.testing.assert_allclose(first.params["latent_std"], spread(state.params), rtol=1e-4)
@@ -89,7 +89,7 @@ def test_the_scale_starts_at_the_first_batch_and_then_follows(state, train_step)
 
 
 @pytest.mark.slow
-def test_accumulation_changes_nothing_but_rounding(state, train_step):
+def test_accumulation_changes_only_rounding(state, train_step):
     expected_state, expected = train_step(state, {}, BATCH, KEY)
     task = dataclasses.replace(TASK, accumulate=3)
     found_state, found = jax.jit(functools.partial(task.train_step, plan=Plan()))(
@@ -102,8 +102,8 @@ def test_accumulation_changes_nothing_but_rounding(state, train_step):
 
 
 @pytest.mark.slow
-def test_gradients_are_those_of_the_whole_loss(state, train_step):
-    """Pixels of a sample decoded, and the KL: by one differentiation, with a step's own noise."""
+def test_gradients_match_the_whole_loss(state, train_step):
+    """Differentiates pixel loss and KL at once, with the noise that the step draws."""
     step_key = jax.random.fold_in(KEY, 0)
     key_B = [jax.random.fold_in(step_key, i) for i in range(6)]
     keys = [jax.random.fold_in(key, 102) for key in key_B]
@@ -127,8 +127,8 @@ def test_gradients_are_those_of_the_whole_loss(state, train_step):
 
 
 @pytest.mark.slow
-def test_training_learns_to_reconstruct_and_averages(state, train_step):
-    first, losses = state, []  # a constant rate: the plan's length changes nothing
+def test_training_reduces_the_loss_and_updates_every_parameter(state, train_step):
+    first, losses = state, []  # constant learning rate, so the plan's length does not matter
     for _ in range(40):
         state, metrics = train_step(state, {}, BATCH, KEY)
         losses.append(float(metrics["l1"]))
@@ -151,7 +151,7 @@ def gan_step():
 
 
 def gan_state(state, logit_factor):
-    """The tokenizer's state with a discriminator whose logits are multiplied by a factor."""
+    """Makes the tokenizer's state with a discriminator whose logits are scaled by a factor."""
     fresh = jax.eval_shape(GAN_TASK.init, KEY)
     rng = np.random.default_rng(3)
 
@@ -166,10 +166,11 @@ def gan_state(state, logit_factor):
 
 @functools.partial(jax.jit, compiler_options=QUICKLY)
 def ldm_gradients(params, discriminator, noise_BhwZ):
-    """Gradients of all terms, summed over an image's values and weighted as in LDM's code.
+    """Computes gradients of all losses, summed over an image's values and weighted as in LDM.
 
     Returns:
-        The gradients and the adversarial loss's weight, as of means, and the ratio that is bounded.
+        The gradients and the adversarial loss's weight, both for means instead of sums, and the
+        ratio of norms before clipping.
     """
     x_BHWC = jnp.asarray(IMAGE_BHWC.astype(np.float32) / 127.5 - 1)
 
@@ -190,7 +191,7 @@ def ldm_gradients(params, discriminator, noise_BhwZ):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("logit_factor", "bounded"), [(1.0, False), (1e-4, True)])
-def test_a_step_with_an_adversary_follows_the_whole_loss(state, gan_step, logit_factor, bounded):
+def test_a_step_with_a_discriminator_matches_ldm(state, gan_step, logit_factor, bounded):
     before = gan_state(state, logit_factor)
     discriminator = before.opt_state["discriminator"].train_state.params
     keys = [jax.random.fold_in(jax.random.fold_in(KEY, 0), i) for i in range(6)]
@@ -204,7 +205,7 @@ def test_a_step_with_an_adversary_follows_the_whole_loss(state, gan_step, logit_
     clip = min(1, 2.0 / metrics["grad_norm"])
     mu = jax.tree.map(lambda x: x / (0.1 * clip), after.opt_state["tokenizer"][1].mu)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), mu, grads)
-    assert after.params.keys() == state.params.keys()  # the discriminator stays apart
+    assert after.params.keys() == state.params.keys()  # without the discriminator
     trained = after.opt_state["discriminator"].train_state.params
     moved = trees.paths(jax.tree.map(lambda a, b: bool(jnp.any(a != b)), trained, discriminator))
     assert all(moved[path] for path in moved if path.endswith("kernel"))
@@ -219,12 +220,12 @@ def test_previews_show_the_images_and_their_reconstructions(state):
 
 
 @pytest.mark.parametrize("field, value", [("ema_decay", 1.5), ("l1", -1.0), ("kl", -0.1)])
-def test_weights_out_of_range_are_refused(field, value):
+def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(InputError, match=field):
         dataclasses.replace(TASK, **{field: value})
 
 
-def test_what_does_not_suit_the_data_is_refused():
+def test_images_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match=r"\(16, 16, 1\), but the tokenizer takes \(8, 8, 1\)"):
         TASK.check((16, 16, 1), 10)
     with pytest.raises(InputError, match="too small for gan.kind"):

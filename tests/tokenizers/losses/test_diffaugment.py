@@ -15,7 +15,7 @@ def everything(image_BHWC, key_B):
     return diffaugment(image_BHWC, key_B, ALL)
 
 
-def test_an_image_s_key_alone_says_how_it_is_changed():
+def test_augmentations_depend_only_on_the_key_of_each_image():
     seen_BHWC = everything(IMAGE_BHWC, KEY_B)
     np.testing.assert_array_equal(everything(IMAGE_BHWC[::-1], KEY_B[::-1]), seen_BHWC[::-1])
     other_BHWC = everything(IMAGE_BHWC, jnp.roll(KEY_B, 1))
@@ -23,8 +23,8 @@ def test_an_image_s_key_alone_says_how_it_is_changed():
     np.testing.assert_array_equal(diffaugment(IMAGE_BHWC, KEY_B, ()), IMAGE_BHWC)
 
 
-def test_gradients_are_those_of_finite_differences():
-    """In the image all of it is linear, so any step will do."""
+def test_gradients_match_finite_differences():
+    """Every augmentation is affine in the image, so differences are exact for any step size."""
     rng = np.random.default_rng(1)
     step_BHWC, weight_BHWC = rng.normal(size=(2, *IMAGE_BHWC.shape)).astype(np.float32)
 
@@ -38,10 +38,10 @@ def test_gradients_are_those_of_finite_differences():
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_each_does_what_it_says(name):
+def test_each_augmentation_does_what_its_name_says(name):
     changed_BHWC = jax.jit(diffaugment, static_argnums=2)(IMAGE_BHWC, KEY_B, (name,))
     for image_HWC, changed_HWC in zip(IMAGE_BHWC, np.asarray(changed_BHWC), strict=True):
-        if name == "color":  # affine in each pixel's own colors: gray stays in order
+        if name == "color":  # one affine function maps the gray values of all pixels
             gray_HW, found_HW = image_HWC.mean(-1), changed_HWC.mean(-1)
             slope, offset = np.polyfit(gray_HW.ravel(), found_HW.ravel(), 1)
             np.testing.assert_allclose(found_HW, slope * gray_HW + offset, atol=1e-5)
@@ -63,7 +63,7 @@ def test_each_does_what_it_says(name):
 
 
 def shifted(image_HWC, dy, dx):
-    """By slices of an image with zeros around."""
+    """Shifts an image by slicing a zero-padded copy."""
     padded = np.pad(image_HWC, ((3, 3), (2, 2), (0, 0)))
     H, W, _ = image_HWC.shape
     return padded[3 - dy : 3 - dy + H, 2 - dx : 2 - dx + W]

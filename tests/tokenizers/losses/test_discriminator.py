@@ -16,7 +16,7 @@ from varjax.tokenizers.losses.discriminator import (
 @pytest.mark.parametrize(
     "module, image_shape, logits_shape, sizes",
     [
-        # as many as with taming's BatchNorm, which has two numbers a channel, too
+        # as in taming, whose BatchNorm also has two parameters per channel
         (PatchDiscriminator(), (256, 256, 3), (30, 30), 2_765_633),
         (PatchDiscriminator(layers=1), (8, 12, 1), (2, 4), None),
         (StyleDiscriminator(), (256, 256, 3), (1, 1), None),
@@ -24,7 +24,7 @@ from varjax.tokenizers.losses.discriminator import (
         (StyleDiscriminator(width=8), (4, 4, 1), (1, 1), None),
     ],
 )
-def test_shapes(module, image_shape, logits_shape, sizes):
+def test_logit_shapes_and_parameter_counts(module, image_shape, logits_shape, sizes):
     image_BHWC = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     params = jax.eval_shape(module.init, jax.random.key(0), image_BHWC)
     assert jax.eval_shape(module.apply, params, image_BHWC).shape == (2, *logits_shape)
@@ -36,7 +36,7 @@ def test_shapes(module, image_shape, logits_shape, sizes):
 @pytest.mark.parametrize(
     "kind", [lambda d: PatchDiscriminator(8, 1, d), lambda d: StyleDiscriminator(4, d)]
 )
-def test_logits_depend_on_their_own_image_alone(kind):
+def test_logits_depend_only_on_their_own_image(kind):
     images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 6, 3)).astype(np.float32)
     params = jax.jit(kind(jnp.float32).init)(jax.random.key(0), images)
 
@@ -50,7 +50,7 @@ def test_logits_depend_on_their_own_image_alone(kind):
 
     grad_BHWC, logits = run(images, jnp.float32)
     assert np.all(grad_BHWC[np.array([0, 2])] == 0) and np.any(grad_BHWC[1] != 0)
-    # At the start neither kind is preferred by much, and images are told apart.
+    # Initial logits are small, but differ between images.
     assert np.all(np.abs(logits) < 3) and np.std(logits) > 1e-4
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote
         _, rounded = run(images, jnp.bfloat16)
@@ -59,8 +59,8 @@ def test_logits_depend_on_their_own_image_alone(kind):
 
 
 @pytest.mark.slow
-def test_a_patch_sees_seventy_pixels():
-    """Without the norms, which mix all positions, as far as gradients reach."""
+def test_patch_receptive_field_is_70_pixels():
+    """Measures how far gradients reach, without the norms, which mix all positions."""
     module = PatchDiscriminator(8)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 128, 128, 1)))
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
@@ -75,7 +75,7 @@ def test_a_patch_sees_seventy_pixels():
 
 
 @pytest.mark.slow
-def test_halving_keeps_flat_images_and_averages_noise_away():
+def test_blur_downsample_keeps_flat_images_and_removes_stripes():
     for shape in ((1, 8, 6, 2), (1, 7, 5, 2)):
         blur_downsampled = blur_downsample(jnp.full(shape, 0.5))
         assert blur_downsampled.shape == (1, shape[1] // 2, shape[2] // 2, 2)

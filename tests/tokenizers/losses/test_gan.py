@@ -36,9 +36,9 @@ def softplus(x):
     return np.log1p(np.exp(x))
 
 
-def test_losses_equal_what_is_computed_by_hand():
+def test_losses_match_values_computed_by_hand():
     assert generator_loss("hinge", FAKE) == 0.75
-    # real: 0, 0.5, 2, 1; fake: 0, 1.5, 1, 0.5
+    # The terms are 0, 0.5, 2, 1 for real and 0, 1.5, 1, 0.5 for fake.
     assert discriminator_loss("hinge", REAL, FAKE) == (3.5 / 4 + 3 / 4) / 2
     expected = (softplus(3) + softplus(-0.5) + LN2 + softplus(0.5)) / 4
     np.testing.assert_allclose(generator_loss("non_saturating", FAKE), expected, rtol=1e-6)
@@ -46,7 +46,7 @@ def test_losses_equal_what_is_computed_by_hand():
     fake = softplus(-3) + softplus(0.5) + LN2 + softplus(-0.5)
     found = discriminator_loss("non_saturating", REAL, FAKE)
     np.testing.assert_allclose(found, (real + fake) / 8, rtol=1e-6)
-    # real above -0.5 by 2.5, 1, -, 0.5; fake below 1.5 by 4.5, 1, 1.5, 2
+    # Real logits exceed -0.5 by 2.5, 1, 0, 0.5; fake ones are below 1.5 by 4.5, 1, 1.5, 2.
     ema = LecamEma(jnp.float32(1.5), jnp.float32(-0.5))
     found = lecam_loss(REAL, FAKE, ema)
     np.testing.assert_allclose(found, 7.5 / 4 + (20.25 + 1 + 2.25 + 4) / 4, rtol=1e-6)
@@ -55,14 +55,14 @@ def test_losses_equal_what_is_computed_by_hand():
 @pytest.mark.parametrize(
     ("adversarial", "expected"),
     [
-        (0.5, 5 / (0.5 + 1e-4)),  # the norms' quotient, with the reference's epsilon
+        (0.5, 5 / (0.5 + 1e-4)),  # the ratio of norms, with the reference's epsilon
         (1e-3, 5 / (1e-3 + 1e-4)),
         (5e-4 - 1e-4 + 1e-7, 5 / (5e-4 + 1e-7)),  # just below the bound
-        (5e-4 - 1e-4 - 1e-7, 1e4),  # just above it
+        (5e-4 - 1e-4 - 1e-7, 1e4),  # just above the bound
         (0.0, 1e4),
     ],
 )
-def test_the_adaptive_weight_divides_norms_and_is_bounded(adversarial, expected):
+def test_adaptive_weight_is_a_bounded_ratio_of_norms(adversarial, expected):
     three_four = jnp.array([[3.0, 0.0], [0.0, 4.0]])
     found = adaptive_weight(three_four, jnp.full((2, 2), adversarial / 2))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -70,8 +70,8 @@ def test_the_adaptive_weight_divides_norms_and_is_bounded(adversarial, expected)
 
 
 @pytest.mark.parametrize("adversarial", [1e3, 2.0, 0.1, 1e-3])
-def test_a_bound_for_means_is_ldm_s_for_sums(adversarial):
-    """LDM's loss is a sum over an image's values, as is the KL and all but the adversarial term."""
+def test_bound_of_the_adaptive_weight_matches_ldm(adversarial):
+    """LDM sums all losses but the adversarial one over an image's values; here they are means."""
     task = KLTask(KLConfig(image_size=256))
     values, mean_grad = 256 * 256 * 3, jnp.array([0.03, 0.04])
     ldm = np.clip(values * 0.05 / (adversarial + 1e-4), 0, 1e4)
@@ -81,7 +81,7 @@ def test_a_bound_for_means_is_ldm_s_for_sums(adversarial):
     assert VQTask(VQConfig()).max_adaptive_weight == 1e4
 
 
-def test_the_weight_starts_and_rises_as_told():
+def test_adversarial_weight_ramps_up_from_its_start():
     config, plan = GANConfig(start=0.2, ramp=0.1), Plan(steps=100)
 
     def share(config, step, start, plan=plan):
@@ -91,12 +91,12 @@ def test_the_weight_starts_and_rises_as_told():
     np.testing.assert_allclose(rising, [0, 0, 0.1, 0.5, 1, 1, 1], rtol=1e-6)
     at_once = dataclasses.replace(config, start=0.0, ramp=0.0)
     assert [share(at_once, step, 0) for step in (0, 1)] == [1, 1]
-    # A fork of ten times the length, which would begin at step 200, goes on where it was.
+    # A fork's plan is ten times as long, so `start` is step 200, but the ramp continues.
     assert share(config, 50, 20, Plan(steps=1000)) == pytest.approx(0.31)
 
 
 @pytest.mark.slow
-def test_the_discriminator_rests_until_its_start_and_then_has_its_own_schedule():
+def test_discriminator_trains_from_its_start_with_its_own_schedule():
     optimizer = AdamW(base_lr=0.1, warmup=0.0, schedule="lin00", end=0.0, weight_decay=0.1)
     config = GANConfig("patch", 8, 1, start=0.5, optimizer=optimizer)
     plan = Plan(steps=6, batch_size=256)
@@ -137,12 +137,12 @@ def test_the_discriminator_rests_until_its_start_and_then_has_its_own_schedule()
         ("lecam", -1.0, "0 .off. or more"),
     ],
 )
-def test_what_cannot_work_is_refused(field, value, message):
+def test_invalid_settings_are_refused(field, value, message):
     with pytest.raises(ValueError, match=f"gan.{field}={value}: must be .*{message}"):
         GANConfig(**{field: value})
 
 
-def test_images_too_small_for_it_are_refused():
+def test_images_too_small_for_the_discriminator_are_refused():
     GANConfig("patch", layers=3).check((24, 32, 3))
     with pytest.raises(ValueError, match="'patch': it needs 24 pixels a side.*fewer"):
         GANConfig("patch", layers=3).check((23, 32, 3))
@@ -150,7 +150,7 @@ def test_images_too_small_for_it_are_refused():
         GANConfig("style").check((3, 32, 3))
 
 
-def test_settings_go_to_json_and_back():
+def test_config_survives_a_round_trip_through_json():
     config = GANConfig("style", diffaugment=("color", "cutout"), optimizer=AdamW(base_lr=1.0))
     assert config_tree.from_dict(GANConfig, config_tree.to_dict(config)) == config
 
@@ -162,7 +162,7 @@ KEY_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(
 
 @functools.cache
 def discriminator():
-    """Parameters so large that some logits go beyond 1, and averages between logits."""
+    """Makes a state with some logits above 1, and LeCam averages within the range of logits."""
     init = functools.partial(create_discriminator, CONFIG, (8, 8, 1))
     fresh, rng = jax.eval_shape(init, jax.random.key(0)), np.random.default_rng(1)
     fresh = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), fresh)
@@ -176,8 +176,12 @@ def gradients(config):
 
 @functools.partial(jax.jit, compiler_options=QUICKLY)
 def expected(params, fake_BHWC):
-    """(value, gradient by the reconstructions) of the tokenizer's loss, (value, gradient by the
-    parameters) of the discriminator's, each loss written in one go."""
+    """Differentiates both losses, each written as a single function.
+
+    Returns:
+        (value, gradient with respect to the reconstructions) of the tokenizer's loss, and (value,
+        gradient with respect to the parameters) of the discriminator's.
+    """
 
     def logits(params, image_BHWC):
         seen_BHWC = diffaugment(image_BHWC, KEY_B, CONFIG.diffaugment)
@@ -186,7 +190,7 @@ def expected(params, fake_BHWC):
     def own(params):
         real, fake = logits(params, REAL_BHWC), logits(params, fake_BHWC)
         lecam = jnp.mean(jax.nn.relu(real + 0.2) ** 2) + jnp.mean(jax.nn.relu(0.3 - fake) ** 2)
-        # An image's logits depend on itself alone, so the sum's gradient is that of each.
+        # Logits depend only on their own image, so the sum's gradient is that of each.
         by_pixel = jax.grad(lambda x: jnp.sum(logits(params, x)) / logits(params, x)[0].size)(
             REAL_BHWC
         )
@@ -198,7 +202,7 @@ def expected(params, fake_BHWC):
 
 
 @pytest.mark.slow
-def test_each_side_gets_the_gradient_of_its_own_loss():
+def test_each_network_gets_the_gradient_of_its_own_loss():
     found = gradients(CONFIG)
     (loss, by_image), (own_loss, grads) = expected(discriminator().train_state.params, FAKE_BHWC)
     np.testing.assert_allclose(found.image_grad_BHWC, by_image, atol=1e-7)
@@ -215,8 +219,8 @@ def test_each_side_gets_the_gradient_of_its_own_loss():
 
 
 @pytest.mark.slow
-def test_neither_side_s_loss_reaches_the_other(monkeypatch):
-    """Each loss is made constant in turn: its own side gets exact zeros, the other what it did."""
+def test_neither_loss_reaches_the_other_network(monkeypatch):
+    """Makes each loss constant in turn: its network's gradient is 0, the other's stays the same."""
     plain = GANConfig("patch", 8, 1)
     whole = gradients(plain)
     with monkeypatch.context() as patch:
@@ -234,7 +238,7 @@ def test_neither_side_s_loss_reaches_the_other(monkeypatch):
 
 
 @pytest.mark.parametrize("shift, accuracy", [(0.0, 0.5), (3.0, 1.0), (-3.0, 0.0)])
-def test_accuracy_is_the_share_that_it_tells_apart(monkeypatch, shift, accuracy):
+def test_accuracy_is_the_fraction_of_correctly_classified_images(monkeypatch, shift, accuracy):
     class Constant:
         def apply(self, variables, image_BHWC):
             sign = jnp.where(jnp.mean(image_BHWC) == jnp.mean(REAL_BHWC), 1.0, -1.0)

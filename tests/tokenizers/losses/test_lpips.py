@@ -27,7 +27,7 @@ SMALL = tuple((4,) * convolutions for convolutions in (2, 2, 3, 3, 3))
 
 @functools.cache
 def tensors():
-    """(VGG, heads), as torchvision and the lpips package name them. Not to be changed."""
+    """Returns (VGG, heads) by their names in torchvision and lpips. Do not modify them."""
     named = weights.state_dict("lpips", "lpips")
     vgg = {n: x for n, x in named.items() if n.startswith("features")}
     vgg["classifier.0.weight"] = np.zeros((2, 2), np.float32)
@@ -40,7 +40,7 @@ def command(vgg, heads, out):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """The directory, and the two files it was made of."""
+    """Returns the converted directory, and the two files that it was made from."""
     folder = tmp_path_factory.mktemp("lpips")
     vgg, heads = tensors()
     write_pth(folder / "vgg16.pth", vgg)
@@ -50,7 +50,7 @@ def converted(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_package_s_distance_layers_and_gradient(converted):
+def test_distance_layers_and_gradient_match_the_lpips_package(converted):
     random = np.random.RandomState(7)
     a = np.tanh(random.standard_normal((3, 3, 64, 64)))
     b = np.clip(a + 0.3 * random.standard_normal(a.shape), -1, 1)
@@ -79,19 +79,19 @@ def small(params, a_BHWC, b_BHWC):
 
 
 def small_params(scale):
-    """Of a network so narrow that it compiles at once."""
+    """Draws parameters of a network so narrow that it compiles quickly."""
     shapes = jax.eval_shape(functools.partial(init_lpips, widths=SMALL), jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: np.float32(scale * rng.standard_normal(x.shape)), shapes)
 
 
-def test_equal_images_have_no_distance_and_features_of_zero_a_finite_gradient():
+def test_equal_images_with_zero_features_have_zero_distance_and_gradient():
     image_BHWC = np.zeros((2, 16, 20, 3), np.float32)
     value, grad_BHWC = small(small_params(0.0), image_BHWC, image_BHWC)
     assert value == 0 and np.all(grad_BHWC == 0)
 
 
-def test_gray_is_seen_as_three_equal_channels():
+def test_gray_images_count_as_three_equal_channels():
     a_BHWC, b_BHWC = np.random.default_rng(1).uniform(-1, 1, (2, 2, 16, 20, 1)).astype(np.float32)
     params = small_params(0.2)
     thrice = (np.repeat(x_BHWC, 3, axis=-1) for x_BHWC in (a_BHWC, b_BHWC))
@@ -103,12 +103,12 @@ def test_gray_is_seen_as_three_equal_channels():
 @pytest.mark.parametrize(
     "shape, message", [((15, 64, 3), "15×64 are too small"), ((64, 64, 2), "2 c")]
 )
-def test_what_it_cannot_see_is_refused(shape, message):
+def test_unsupported_image_shapes_are_refused(shape, message):
     with pytest.raises(ValueError, match=f"{message}.*task.perceptual=none"):
         check_lpips_images(shape)
 
 
-def test_a_directory_says_what_it_was_made_of(converted):
+def test_converted_weights_match_and_name_their_sources(converted):
     out, *sources = converted
     config = json.loads((out / "config.json").read_text())
     assert config["sources"] == {
@@ -120,10 +120,10 @@ def test_a_directory_says_what_it_was_made_of(converted):
         params["conv_4_2"]["kernel"], vgg["features.28.weight"].transpose(2, 3, 1, 0)
     )
     np.testing.assert_array_equal(params["head_3"], heads["lin3.model.1.weight"][0, :, 0, 0])
-    assert command(*sources, out) == 0  # once more, over itself
+    assert command(*sources, out) == 0  # the same output may be written again
 
 
-def test_wrong_files_are_named_and_leave_nothing(converted, tmp_path, capsys):
+def test_wrong_files_are_named_and_nothing_is_written(converted, tmp_path, capsys):
     out, vgg, heads = converted
     assert command(heads, vgg, tmp_path / "x") == 1
     assert "vgg.safetensors: this is not torchvision's vgg16" in capsys.readouterr().err
@@ -143,7 +143,7 @@ def test_wrong_files_are_named_and_leave_nothing(converted, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_missing_weights_are_refused_with_the_way_to_get_them(tmp_path):
+def test_missing_or_wrong_weights_are_refused_with_advice(tmp_path):
     with pytest.raises(
         ValueError, match="no LPIPS weights in nowhere; make them with: varjax convert"
     ):

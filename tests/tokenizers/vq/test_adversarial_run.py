@@ -1,4 +1,4 @@
-"""Two optimizers and restarted codes: continued to the bit, then a tokenizer like any other."""
+"""Runs of a VQ tokenizer with a discriminator: exact resume, export, and refused settings."""
 
 import dataclasses
 import shutil
@@ -58,8 +58,8 @@ def whole(tmp_path_factory):
     return run_dir
 
 
-def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(whole, tmp_path):
-    """Of all that a kill can leave behind, what is not yet saved counts for nothing."""
+def test_an_interrupted_run_resumes_exactly(whole, tmp_path):
+    """Log lines from after the last checkpoint must not count."""
     shutil.copytree(whole, tmp_path / "cut")
     for step in (4, 6):
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
@@ -67,12 +67,12 @@ def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(whole, tmp_path
     state, expected = last_state(tmp_path / "cut"), last_state(whole)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert not np.allclose(state.opt_state["usage_V"], 1 / MODEL.vocab)
-    # The discriminator's first update was the run's third.
+    # The discriminator was first updated in the run's third step.
     assert state.opt_state["discriminator"].train_state.step == 4
     assert lines(tmp_path / "cut") == lines(whole)
 
 
-def test_it_is_read_exported_and_built_upon_without_its_discriminator(whole, tmp_path):
+def test_weights_load_and_export_without_the_discriminator(whole, tmp_path):
     average = last_state(whole).ema
     convert_run(whole, tmp_path / "out")
     for location in (whole, tmp_path / "out"):
@@ -82,7 +82,7 @@ def test_it_is_read_exported_and_built_upon_without_its_discriminator(whole, tmp
     assert jax.tree.structure(plain.pretrained(str(whole))[0]) == jax.tree.structure(average)
 
 
-def test_a_term_whose_weights_are_missing_is_refused_before_anything_is_trained(tmp_path):
+def test_missing_lpips_weights_and_too_small_images_are_refused_before_training(tmp_path):
     model = dataclasses.replace(MODEL, scales=(1, 2, 16))
     task = VQTask(model, perceptual=LPIPSConfig(str(tmp_path / "lpips")))
     with pytest.raises(
@@ -99,8 +99,8 @@ def test_a_term_whose_weights_are_missing_is_refused_before_anything_is_trained(
     assert not (tmp_path / "small").exists() and not (tmp_path / "deep").exists()
 
 
-def test_where_the_weights_of_a_term_came_from_may_change(tmp_path):
-    """They are copied into the run; but the term cannot be dropped."""
+def test_the_path_of_the_lpips_weights_may_change(tmp_path):
+    """A run has its own copy of these weights. Dropping the perceptual loss is refused."""
     model = dataclasses.replace(MODEL, scales=(1, 2, 16))
     task, data = VQTask(model, perceptual=LPIPSConfig("here")), Noise(16)
     write_config(experiment(tmp_path, task, data))
@@ -112,8 +112,8 @@ def test_where_the_weights_of_a_term_came_from_may_change(tmp_path):
         check_config(experiment(tmp_path, dataclasses.replace(task, perceptual=None), data))
 
 
-def test_accumulation_is_fixed_where_the_loss_depends_on_it(tmp_path):
-    """The entropy of codes is that of a microbatch."""
+def test_accumulation_may_change_only_without_the_entropy_loss(tmp_path):
+    """The entropy loss is computed separately for each microbatch."""
     with_entropy = dataclasses.replace(TASK, gan=None)
     without = dataclasses.replace(with_entropy, codebook=CodebookConfig())
     for task, run_dir in ((with_entropy, tmp_path / "a"), (without, tmp_path / "b")):

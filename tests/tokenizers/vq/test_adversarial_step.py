@@ -19,7 +19,7 @@ from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQTokenizer
 
 PLAIN = dataclasses.replace(TASK, gan=None)
-EARLY, LATE = 1, 6  # numbers of updates: before the adversary's start, and when its weight is whole
+EARLY, LATE = 1, 6  # steps before the discriminator's start, and with its full weight
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def compiled(task):
 
 
 def after(task, step=LATE):
-    """(state, metrics) after update number `step`."""
+    """Returns (state, metrics) after update number `step`."""
     return compiled(task)(state(task, step), frozen(), BATCH, KEY)
 
 
@@ -37,8 +37,8 @@ def discriminator_of(state):
 
 
 @pytest.mark.slow
-def test_the_balance_is_that_of_finite_differences():
-    """Of both losses by every number of the decoder's last kernel."""
+def test_adaptive_weight_matches_finite_differences():
+    """Differentiates both losses numerically with respect to the decoder's last kernel."""
     params, discriminator = state(TASK, LATE).params, discriminator_of(state(TASK, LATE))
     key = jax.random.fold_in(KEY, LATE)
     key_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(8))
@@ -65,7 +65,7 @@ def test_the_balance_is_that_of_finite_differences():
 
 
 @pytest.mark.slow
-def test_before_its_start_the_adversary_changes_nothing():
+def test_the_discriminator_changes_nothing_before_its_start():
     (alone, alone_metrics), (both, metrics) = after(PLAIN, EARLY), after(TASK, EARLY)
     assert metrics["adversarial_weight"] == 0 and metrics["discriminator/lr"] == 0
     assert metrics["discriminator/grad_norm"] > 0
@@ -79,7 +79,7 @@ def test_before_its_start_the_adversary_changes_nothing():
 
 
 @pytest.mark.slow
-def test_both_sides_move_and_every_term_is_told():
+def test_both_networks_are_updated_and_all_losses_are_logged():
     gan = dataclasses.replace(GAN, r1=0.1)
     task = dataclasses.replace(TASK, perceptual=LPIPSConfig(), gan=gan, dtype="bfloat16")
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote
@@ -95,14 +95,14 @@ def test_both_sides_move_and_every_term_is_told():
     assert all(x.dtype == jnp.float32 and np.all(np.isfinite(x)) for x in metrics.values())
     total = metrics["l2"] + metrics["perceptual"] + metrics["quantizer"]
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
-    _, exact = after(TASK)  # in float32, the perceptual loss apart
+    _, exact = after(TASK)  # in float32, and without the perceptual loss
     for name in ("l1", "l2", "quantizer", "adversarial", "discriminator/loss"):
         np.testing.assert_allclose(metrics[name], exact[name], rtol=0.05, err_msg=name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, accumulate", [("patch", 2), ("style", 1), ("style", 4)])
-def test_every_kind_of_adversary_leaves_the_state_in_its_shape(kind, accumulate):
+def test_a_step_keeps_state_shapes_with_every_kind_of_discriminator(kind, accumulate):
     gan = GANConfig(kind, 8, 1, "non_saturating", adaptive=kind == "patch", r1=1.0)
     task = dataclasses.replace(TASK, gan=gan, accumulate=accumulate)
     before = jax.eval_shape(task.init, KEY)
@@ -114,7 +114,7 @@ def test_every_kind_of_adversary_leaves_the_state_in_its_shape(kind, accumulate)
 
 
 @pytest.mark.slow
-def test_accumulation_changes_nothing_but_rounding():
+def test_accumulation_changes_only_rounding():
     task = dataclasses.replace(TASK, codebook=CodebookConfig(scale_dropout=0.5, scales_kept=1))
     (whole, metrics), (parts, parts_metrics) = (
         after(task),

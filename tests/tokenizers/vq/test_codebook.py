@@ -1,4 +1,4 @@
-"""Remedies for codebooks: each does what it says, on one device and on eight."""
+"""Remedies for codebooks: k-means, restarts of dead codes, scale dropout and an entropy loss."""
 
 import sys
 
@@ -92,26 +92,25 @@ def test_k_means_finds_clusters(monkeypatch):
     by_pieces = jax.jit(lambda z_NZ: kmeans(z_NZ, 16, KEY))
     np.testing.assert_allclose(by_pieces(z_NZ), found, rtol=1e-5)
     assert "f32[400,16]" not in str(jax.make_jaxpr(by_pieces)(z_NZ))  # distances of all vectors
-    few = jax.jit(kmeans, static_argnums=1)(
-        z_NZ[:3], 8, KEY
-    )  # more codes than vectors: copies, but no two are equal
+    # With more codes than vectors, some codes are copies, but noise makes them differ.
+    few = jax.jit(kmeans, static_argnums=1)(z_NZ[:3], 8, KEY)
     assert len(np.unique(few, axis=0)) == 8 and np.isfinite(few).all()
 
 
-def test_new_codes_come_from_all_scales_alike():
+def test_new_codes_are_sampled_equally_from_all_scales():
     pyramid = Pyramid((1, 2, (3, 4)))
     z_BLZ = np.tile(np.float32(pyramid.level_L)[None, :, None], (5, 1, 2))
     scale_N = np.rint(jax.jit(sample_inputs, static_argnums=(0, 2))(pyramid, z_BLZ, 600, KEY)[:, 0])
     np.testing.assert_allclose(np.bincount(scale_N.astype(int)), [200] * 3, atol=40)
 
 
-def test_only_dead_codes_restart_and_only_when_it_is_time():
+def test_only_dead_codes_restart_and_only_at_intervals():
     pyramid, old_VZ = Pyramid((1, 2)), jnp.ones((4, 2))
     z_BLZ = jnp.full((3, 5, 2), 7.0)
     params = {"quantizer": {"codebook": old_VZ}}
     moments = {"mu": params, "nu": params}
     usage_V = jnp.array([0.5, 0.0, 0.5, 0.0])
-    # Code 1 is used by the first scale in every tenth image, and by no other: it lives.
+    # Code 1 is not dead, although only the first scale uses it, in every tenth image.
     frequency_KV = jnp.array([[0.9, 0.1, 0, 0], [2.0, 0, 2.0, 0]])
     usage_V = usage_V.at[1].set(0.03)
 
@@ -137,7 +136,7 @@ def test_only_dead_codes_restart_and_only_when_it_is_time():
 
 
 @pytest.mark.slow
-def test_dropped_scales_add_nothing_and_their_codes_learn_nothing():
+def test_dropped_scales_add_nothing_to_features_and_loss():
     config, variables = small()
     params = {"params": variables["params"]["quantizer"]}
     quantizer, kept_B = make_quantizer(config), jnp.array([1, 3])
@@ -159,7 +158,7 @@ def test_dropped_scales_add_nothing_and_their_codes_learn_nothing():
     np.testing.assert_allclose(partial_B, [first_B[0], loss_B[1]], rtol=1e-6)
 
 
-def test_the_number_of_scales_is_random_to_each_image():
+def test_scale_dropout_draws_the_number_of_scales_of_each_image():
     key_B = jax.random.split(KEY, 4000)
     config = CodebookConfig(scale_dropout=0.4, scales_kept=2)
     sample = jax.jit(sample_scale_dropout, static_argnums=(0, 1))
@@ -169,7 +168,7 @@ def test_the_number_of_scales_is_random_to_each_image():
     assert sample_scale_dropout(CodebookConfig(), Pyramid((1, 2)), key_B) is None
 
 
-def test_entropy_wants_sure_choices_of_many_codes():
+def test_entropy_loss_is_low_for_confident_choices_of_many_codes():
     codes_VZ, loss = jnp.array([[0.0, 4.0], [4.0, 0.0]]), jax.jit(entropy_loss, static_argnums=2)
     both, one = codes_VZ[None], jnp.tile(codes_VZ[:1], (2, 1))[None]
     for cosine in (False, True):
@@ -179,7 +178,7 @@ def test_entropy_wants_sure_choices_of_many_codes():
     np.testing.assert_allclose(loss(codes_VZ, [between], False), 0, atol=1e-3)
 
 
-def test_entropy_of_codes_and_vectors_that_are_zero_has_a_finite_gradient():
+def test_entropy_loss_of_zero_vectors_has_a_finite_gradient():
     zeros_VZ = jnp.zeros((3, 2)).at[0].set(1)
     grad = jax.jit(jax.grad(lambda *x: entropy_loss(x[0], [x[1]], True), (0, 1)))
     grads = grad(zeros_VZ, zeros_VZ[None])
@@ -187,7 +186,7 @@ def test_entropy_of_codes_and_vectors_that_are_zero_has_a_finite_gradient():
 
 
 @pytest.mark.slow
-def test_inputs_of_scales_are_what_the_quantizer_looks_codes_for():
+def test_scale_residuals_are_the_vectors_that_the_quantizer_encodes():
     config, variables = small()
     quantizer = make_quantizer(config).bind({"params": variables["params"]["quantizer"]})
 
@@ -211,8 +210,8 @@ def test_normal_codes_have_about_unit_length():
     assert init_usage(CodebookConfig(), 4) is None
 
 
-def test_a_step_keeps_the_type_of_the_usage():
-    """A weak type, which no step returns, would have the second step compiled like the first."""
+def test_initial_usage_is_not_weakly_typed():
+    """Steps return a strong type, so with a weak one the second step would be compiled again."""
     assert not init_usage(CodebookConfig(restart_every=3), 4).weak_type
 
 
@@ -225,7 +224,7 @@ def test_what_makes_no_sense_is_refused(field, value):
         CodebookConfig(**{field: value})
 
 
-def test_dropping_needs_scales_to_drop():
+def test_scale_dropout_needs_scales_to_drop():
     config = small_config()
     with pytest.raises(ValueError, match="scales_kept=3 of 3 scales: nothing is left"):
         VQTask(config, codebook=CodebookConfig(scale_dropout=0.1))

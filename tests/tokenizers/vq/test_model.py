@@ -20,7 +20,7 @@ from varjax.tokenizers.vq.quantizer import quantizer_loss
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
-def test_tokenizer_computes_what_the_reference_computes(name):
+def test_tokenizer_matches_reference(name):
     config, _ = golden.configs(name)
     params, expected = {"params": golden.tokenizer_params(name)}, golden.outputs(name)
     model = VQTokenizer(config)
@@ -73,7 +73,7 @@ ODD = {"scales": ((1, 3), (2, 3), (3, 5)), "channel_mult": (1, 1, 2), "image_cha
 @pytest.mark.parametrize(
     "changes", [{}, {"scales": (1, (1, 2), (2, 3)), "channel_mult": (2,)}, ODD]
 )
-def test_decoding_tokens_equals_decoding_what_was_quantized(changes):
+def test_decoding_tokens_matches_the_forward_pass(changes):
     config, params = small(**changes)
     image_BHWC = np.random.default_rng(1).normal(size=(2, *config.image_shape)).astype(np.float32)
 
@@ -91,7 +91,7 @@ def test_decoding_tokens_equals_decoding_what_was_quantized(changes):
 
 
 @pytest.mark.slow
-def test_gradient_passes_straight_through_to_the_encoder_but_not_into_the_choice():
+def test_straight_through_gradient_reaches_the_encoder_but_not_the_quantizer():
     config, params = small()
 
     def pixel_loss(params, image_BHWC):
@@ -105,7 +105,7 @@ def test_gradient_passes_straight_through_to_the_encoder_but_not_into_the_choice
 
 
 @pytest.mark.slow
-def test_quantizer_loss_teaches_codes_and_features_apart():
+def test_quantizer_loss_trains_codes_and_features_separately():
     config, params = small()
     f_BhwZ = jax.random.normal(jax.random.key(1), (2, 4, 4, 4))
     params = params["params"]["quantizer"]
@@ -125,14 +125,14 @@ def test_quantizer_loss_teaches_codes_and_features_apart():
     np.testing.assert_allclose(to_codes_too["codebook"], to_codes["codebook"], rtol=1e-6)
 
 
-def test_quantizer_loss_by_hand():
+def test_quantizer_loss_is_a_weighted_mean_over_scales():
     f_BhwZ = jnp.array([1.0, 3.0]).reshape(1, 1, 2, 1)
     f_hats = [jnp.zeros((1, 1, 2, 1)), jnp.full((1, 1, 2, 1), 2.0)]
-    # Mean squares 5 and 1, each counted 1 + β times.
+    # The mean squared errors are 5 and 1, each weighted by 1 + β.
     np.testing.assert_allclose(quantizer_loss(f_BhwZ, f_hats, 0.5), [1.5 * (5 + 1) / 2])
 
 
-def test_nearest_code_by_distance_and_by_angle():
+def test_nearest_codes_by_distance_and_by_cosine():
     codebook_VZ = jnp.array([[10.0, 0.0], [0.0, 1.0], [0.6, 0.6]])
     z_BlZ = jnp.array([[[2.0, 0.1], [0.1, 3.0], [-0.1, -0.2]]])
     phi_params = {"phi_kernel": jnp.zeros((1, 3, 3, 2, 2)), "phi_bias": jnp.zeros((1, 2))}
@@ -142,8 +142,8 @@ def test_nearest_code_by_distance_and_by_angle():
         assert quantizer.nearest_codes(z_BlZ).tolist() == [expected], cosine
 
 
-def test_a_code_of_zeros_is_never_nearest_by_angle_unless_all_others_point_away():
-    """Its cosine counts as 0, as in the reference: F.normalize divides by 1e-12 at least."""
+def test_a_zero_code_has_a_cosine_of_zero():
+    """The reference's F.normalize divides by at least 1e-12, so a zero code stays zero."""
     codebook_VZ = jnp.array([[0.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
     z_BlZ = jnp.array([[[0.1, 3.0], [5.0, 0.1], [-1.0, -1.0]]])
     params = {"codebook": codebook_VZ, "phi_bias": jnp.zeros((1, 2))}

@@ -15,14 +15,14 @@ def test_official_scale_lists_have_their_published_number_of_tokens(scales, leng
     assert Pyramid(scales).length == length
 
 
-def test_phi_index_is_the_reference_s_even_where_rounding_decides():
+def test_phi_index_matches_reference_even_where_rounding_decides():
     cases = json.loads((weights.HERE / "phi_index.json").read_text())
     for name, expected in cases.items():
         scales, num_phi = (int(part.split("=")[1]) for part in name.split())
         assert list(Pyramid(tuple(range(1, scales + 1))).phi_index(num_phi)) == expected, name
 
 
-def test_slices_levels_and_mask_describe_the_same_pyramid():
+def test_slices_levels_and_mask_are_consistent():
     pyramid = Pyramid((1, (1, 2), (2, 3)))
     assert pyramid.lengths == (1, 2, 6) and pyramid.finest == (2, 3)
     for k, scale in enumerate(pyramid.slices):
@@ -35,6 +35,6 @@ def test_slices_levels_and_mask_describe_the_same_pyramid():
 @pytest.mark.parametrize(
     "scales", [(), (0, 1), (2, 1), ((2, 3), (3, 2)), (1,) * 65, (257,), (1, 2**40)]
 )
-def test_scales_that_make_no_pyramid_are_refused(scales):
+def test_invalid_scales_are_refused(scales):
     with pytest.raises(ValueError, match="scales"):
         Pyramid(scales)

@@ -26,12 +26,12 @@ def state():
 
 @pytest.fixture(scope="module")
 def train_step():
-    """Compiled once for the tests that share its settings."""
+    """Returns a training step that is compiled once for all tests with its settings."""
     return jax.jit(functools.partial(TASK.train_step, plan=Plan()))
 
 
 def evaluate(state, batch_size):
-    """The metrics of the six images in batches, the last one padded with copies."""
+    """Returns the metrics of the six images in batches, the last one padded with copies."""
     totals, step = None, jax.jit(TASK.eval_step)
     for start in range(0, 6, batch_size):
         rows = np.arange(start, start + batch_size)
@@ -49,7 +49,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(state):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
-def test_usage_and_perplexity_count_codes():
+def test_usage_and_perplexity_follow_from_code_counts():
     counts = np.array([[4.0, 4.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0]])
     sums = {"images": 2.0, "codes_KV": counts, "psnr": 40.0}
     metrics = TASK.eval_metrics(sums)
@@ -67,7 +67,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(state):
 
 
 @pytest.mark.slow
-def test_accumulation_changes_nothing_but_rounding(state, train_step):
+def test_accumulation_changes_only_rounding(state, train_step):
     _, expected = train_step(state, {}, BATCH, KEY)
     task = dataclasses.replace(TASK, accumulate=3)
     _, found = jax.jit(functools.partial(task.train_step, plan=Plan()))(state, {}, BATCH, KEY)
@@ -76,8 +76,8 @@ def test_accumulation_changes_nothing_but_rounding(state, train_step):
 
 
 @pytest.mark.slow
-def test_training_learns_to_reconstruct_and_averages(state, train_step):
-    first, losses = state, []  # a constant rate: the plan's length changes nothing
+def test_training_reduces_the_loss_and_updates_every_parameter(state, train_step):
+    first, losses = state, []  # constant learning rate, so the plan's length does not matter
     for _ in range(40):
         state, metrics = train_step(state, {}, BATCH, KEY)
         losses.append(float(metrics["l2"]))
@@ -89,24 +89,24 @@ def test_training_learns_to_reconstruct_and_averages(state, train_step):
 
 
 @pytest.mark.slow
-def test_the_average_follows_with_its_decay(state, train_step):
+def test_ema_follows_the_parameters_with_its_decay(state, train_step):
     after, _ = train_step(state, {}, BATCH, KEY)
     halfway = jax.tree.map(lambda a, b: (a + b) / 2, state.params, after.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.ema, halfway)
 
 
 @pytest.mark.parametrize("field, value", [("ema_decay", 1.5), ("l1", -1.0), ("beta", -0.1)])
-def test_weights_out_of_range_are_refused(field, value):
+def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(TASK, **{field: value})
 
 
 @pytest.mark.parametrize("value, expected", [(0, -1.0), (255, 1.0)])
-def test_the_models_see_minus_one_to_one(value, expected):
+def test_uint8_images_are_mapped_to_minus_one_to_one(value, expected):
     assert to_model_range(jnp.full((1,), value, jnp.uint8))[0] == expected
 
 
-def test_previews_show_the_image_and_then_every_scale(state):
+def test_previews_show_the_images_and_then_every_scale(state):
     rows = jax.jit(TASK.preview)(state, {}, BATCH)["reconstructions"]
     assert rows.shape == (1 + len(CONFIG.scales), 6, *CONFIG.image_shape)
     np.testing.assert_allclose(rows[0], IMAGE_BHWC / 255, atol=1e-6)
