@@ -1,4 +1,4 @@
-"""Attention: every implementation against plain products of the whole, and what GPUs get."""
+"""Attention implementations against plain products, their choice by platform, and dropout."""
 
 import functools
 
@@ -23,7 +23,7 @@ from varjax.nn.stack import KVCache, LayerCache
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid
 from varjax.var.task import VARTask
 
-SCALES = 1, 4, 7, 9  # the last two are segments of their own
+SCALES = 1, 4, 7, 9  # the last two are separate segments if MIN_SEGMENT is 49
 MASK_LL = block_causal_mask(Pyramid(SCALES).level_L)
 LENGTH = len(MASK_LL)
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -40,7 +40,7 @@ def by_hand(q, k, v, mask_lL, key_mask_BL=None):
     return jnp.einsum("BAlL,BLAD->BlAD", weights, v, precision="highest")
 
 
-def test_segments_are_the_scales_and_short_ones_are_one():
+def test_segments_are_the_scales_with_short_ones_merged():
     segments = mask_segments(block_causal_mask(Pyramid(SCALES_256).level_L))
     assert [(rows.stop - rows.start, seen) for rows, seen, _ in segments] == [
         (155, 155), (100, 255), (169, 424), (256, 680)
@@ -49,7 +49,7 @@ def test_segments_are_the_scales_and_short_ones_are_one():
 
 
 @pytest.mark.parametrize("mask_lL", [np.tri(70, dtype=bool), np.tri(90, 130, 40) > 0, MASK_LL])
-def test_segments_leave_no_key_out_and_none_in(mask_lL):
+def test_segments_reproduce_the_mask(mask_lL):
     again_lL = np.zeros_like(mask_lL)
     for rows, seen, mask in mask_segments(mask_lL):
         again_lL[rows, :seen] = True if mask is None else mask
@@ -58,13 +58,13 @@ def test_segments_leave_no_key_out_and_none_in(mask_lL):
 
 @pytest.mark.parametrize("key_mask_BL", [None, KEY_MASK_BL])
 @pytest.mark.parametrize("implementation", ["xla", "loop", "splash"])
-def test_every_implementation_is_the_masked_product_with_its_gradient(
+def test_every_implementation_matches_masked_products_and_their_gradient(
     implementation, key_mask_BL, monkeypatch
 ):
     monkeypatch.setattr(attention, "MIN_SEGMENT", 49)
     assert len(mask_segments(MASK_LL)) == 3
     monkeypatch.setattr(splash_attention, "MAX_BLOCK", 128)  # two blocks of keys and of queries
-    monkeypatch.setattr(attention, "splash_fits", lambda q_BlAD: True)  # in float32 too
+    monkeypatch.setattr(attention, "splash_fits", lambda q_BlAD: True)  # also for float32
     attend = functools.partial(dot_product_attention, scale=0.3, implementation=implementation)
 
     def total(f, q, k, v):
@@ -84,7 +84,7 @@ def test_every_implementation_is_the_masked_product_with_its_gradient(
 
 @pytest.mark.parametrize("batch", [6, 7])
 @pytest.mark.parametrize("key_mask", [False, True])
-def test_groups_of_images_read_the_cache_by_themselves(batch, key_mask, monkeypatch):
+def test_grouped_attention_reads_the_cache_group_by_group(batch, key_mask, monkeypatch):
     key_KB = jax.random.split(jax.random.key(3), 4)
     cache = KVCache(*(jax.random.normal(k, (2, batch, 9, 8)) for k in key_KB[:2]))
     q_BlAD = jax.random.normal(key_KB[2], (batch, 3, 2, 4))
@@ -97,7 +97,7 @@ def test_groups_of_images_read_the_cache_by_themselves(batch, key_mask, monkeypa
             q_BlAD, past, scale=0.5, implementation=implementation, key_mask_BL=key_mask_BL
         )
 
-    monkeypatch.setattr(attention, "FAST_MEMORY", 4 * 2 * 3 * 7 * 3)  # of three images
+    monkeypatch.setattr(attention, "FAST_MEMORY", 4 * 2 * 3 * 7 * 3)  # logits of three images
     found, expected = (jax.jit(attend(i))(q_BlAD) for i in ("grouped", "xla"))
     np.testing.assert_allclose(found, expected, atol=5e-7)
     np.testing.assert_array_equal(past.read(0, batch)[1][:, 4:], -new_BlC)
@@ -109,7 +109,7 @@ def test_groups_of_images_read_the_cache_by_themselves(batch, key_mask, monkeypa
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """cuDNN's kernel played by XLA, which notes the lengths that it gets."""
+    """Replaces cuDNN's kernel by XLA's; returns a list of the lengths that it is called with."""
     calls = []
 
     def play(q, k, v, *, mask, scale, implementation, **lengths):
@@ -124,7 +124,7 @@ def stand_in(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key_mask_BL", [None, KEY_MASK_BL])
-def test_the_fused_kernel_gets_even_lengths_and_gives_the_same(stand_in, key_mask_BL):
+def test_cudnn_gets_even_lengths_and_matches_xla(stand_in, key_mask_BL):
     half = [x.astype(jnp.bfloat16) for x in (Q, K, V)]
 
     def total(implementation, q, k, v):
@@ -133,16 +133,16 @@ def test_the_fused_kernel_gets_even_lengths_and_gives_the_same(stand_in, key_mas
         )
         return jnp.sum(y.astype(jnp.float32) * jnp.cos(jnp.arange(y.size)).reshape(y.shape))
 
-    with jax.numpy_dtype_promotion("standard"):  # which JAX's own functions need
+    with jax.numpy_dtype_promotion("standard"):  # for JAX's own functions
         results = [jax.value_and_grad(total, (1, 2, 3))(i, *half) for i in ("cudnn", "xla")]
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         scale = np.abs(np.asarray(b, np.float32)).max()
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), atol=0.02 * scale)
-    # The first scales together, with their mask, and the last one, which sees everything.
+    # The first scales are one segment with a mask; the last one attends to everything.
     assert stand_in == [(66, 66, True), (82, 148, key_mask_BL is not None)]
 
 
-def test_what_the_fused_kernel_cannot_do_goes_to_xla(stand_in):
+def test_xla_replaces_cudnn_for_unsupported_inputs(stand_in):
     half = [x.astype(jnp.bfloat16) for x in (Q, K, V)]
     few = [x[:, :63] for x in half]
     odd_head = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1))) for x in half]
@@ -157,10 +157,10 @@ def lowered_for_cuda(f, *arrays):
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(100, 255), (169, 424), (155, 155)])
-def test_gpus_get_the_kernel_by_default(queries, keys, gradient, monkeypatch):
+def test_gpus_use_cudnn_by_default(queries, keys, gradient, monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # as of JAX's CUDA wheels
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # as in JAX's CUDA wheels
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
     implementation = ComputeConfig(platform="gpu").attention_implementation()
     mask = np.tri(queries, keys, dtype=bool) if queries == keys else None
@@ -189,7 +189,7 @@ def kernels_for_tpus(dtype, **options):
     return traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
 
 
-def test_tpus_get_the_splash_kernel_where_it_fits():
+def test_tpus_use_the_splash_kernel_where_it_fits():
     assert kernels_for_tpus("bfloat16") == 3  # forward, the gradient of q, and that of k and v
     assert kernels_for_tpus("float32") == 0
     assert kernels_for_tpus("bfloat16", dropout=Dropout(jax.random.split(KEYS[0], 3), 0.5)) == 0
@@ -204,14 +204,14 @@ def test_blocks_of_the_splash_kernel_need_little_padding(length, block, padded):
     assert splash_attention._whole_blocks(length) == padded
 
 
-def test_the_splash_kernel_trains_on_tpus_alone():
+def test_splash_attention_is_not_used_with_a_cache():
     on_tpu = ComputeConfig(attention_impl="splash", platform="tpu")
     assert on_tpu.attention_implementation() == "splash"
     assert on_tpu.attention_implementation(cached=True) == "grouped"
 
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
-def test_a_fused_kernel_that_the_machine_does_not_have_is_refused(kernel):
+def test_fused_kernels_are_refused_on_machines_without_them(kernel):
     compute = ComputeConfig(dtype="bfloat16", attention_impl=kernel)
     says = f"attention_impl={kernel}: .* not for .*cpu"
     with pytest.raises(InputError, match=says):
@@ -227,13 +227,13 @@ def test_a_fused_kernel_that_the_machine_does_not_have_is_refused(kernel):
 @pytest.mark.parametrize(
     "setting", [{"attention_impl": "flash"}, {"dtype": "float16"}, {"remat": "Block"}]
 )
-def test_other_settings_are_refused(setting):
+def test_unknown_settings_are_refused(setting):
     ((name, value),) = setting.items()
     with pytest.raises(InputError, match=f"^{name} must be one of .*, not '{value}'"):
         ComputeConfig(**setting)
 
 
-def test_the_implementation_is_the_platform_s():
+def test_auto_settings_depend_on_the_platform():
     assert ComputeConfig(platform="gpu", dtype="float32").attention_implementation() == "xla"
     assert ComputeConfig(platform="tpu").attention_implementation() == "xla"
     assert ComputeConfig(platform="tpu").attention_implementation(cached=True) == "grouped"
@@ -252,7 +252,7 @@ def test_dropout_drops_its_fraction_independently_and_scales_the_rest(rate, rows
     y_BlC = np.asarray(dropout(x_BlC))
     kept_BlC = y_BlC > 0
     np.testing.assert_allclose(y_BlC[kept_BlC], 1 / (1 - rate), rtol=1e-5)
-    deviation = (rate * (1 - rate) / kept_BlC.size) ** 0.5  # of the mean
+    deviation = (rate * (1 - rate) / kept_BlC.size) ** 0.5  # standard error of the mean
     assert kept_BlC.mean() == pytest.approx(1 - rate, abs=5 * deviation)
     shifts = [(1, 0), (0, (rows + 1) // 2)]  # another example; the other half of the rows
     for shift in shifts[: min(rows, 2)]:

@@ -6,7 +6,7 @@ from varjax.nn.class_embedding import embed_classes, no_class
 EMBEDDING_NC = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
 
 
-def test_the_whole_weight_of_one_class_is_that_class():
+def test_a_one_hot_mix_equals_its_class():
     label_B = jnp.array([2, 0, 3])
     expected = embed_classes(label_B, EMBEDDING_NC)
     assert np.array_equal(embed_classes(jnp.eye(4)[label_B], EMBEDDING_NC), expected)
@@ -18,6 +18,6 @@ def test_weights_mix_the_embeddings():
     np.testing.assert_allclose(mixed[0], expected, rtol=1e-6)
 
 
-def test_no_class_is_of_the_same_kind():
+def test_no_class_has_the_same_form_as_the_labels():
     assert no_class(jnp.array([2, 0]), 3).tolist() == [3, 3]
     assert no_class(jnp.full((2, 4), 0.25), 3).tolist() == [[0, 0, 0, 1]] * 2

@@ -1,4 +1,4 @@
-"""Noise schedules, losses and the reverse loop: against the official tables, and by statistics."""
+"""Noise schedules, the diffusion loss, and reverse diffusion."""
 
 import functools
 
@@ -13,7 +13,7 @@ from varjax.nn.diffusion import NoiseSchedule, diffusion_loss, reverse_diffusion
 
 
 @pytest.mark.parametrize(("case", "steps"), [("mar_base", 10), ("mar_patch2", 7)])
-def test_schedules_are_the_official_ones(case, steps):
+def test_schedules_match_reference(case, steps):
     out = weights.outputs(case)
     for kind, schedule in (("train", NoiseSchedule()), ("gen", NoiseSchedule(steps))):
         ours = {
@@ -34,7 +34,7 @@ DISA_STEPS = [int(name.partition(".")[2]) for name in DISA if name.startswith("t
 
 
 @pytest.mark.parametrize("steps", DISA_STEPS)
-def test_schedules_that_end_at_950_are_the_official_ones(steps):
+def test_schedules_that_end_at_950_match_reference(steps):
     schedule = NoiseSchedule(steps, last=950)
     np.testing.assert_array_equal(schedule.timestep_J, DISA[f"timesteps.{steps}"])
     np.testing.assert_allclose(schedule.beta_J, DISA[f"betas.{steps}"], rtol=1e-9)
@@ -42,8 +42,8 @@ def test_schedules_that_end_at_950_are_the_official_ones(steps):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.9])
 @pytest.mark.parametrize("steps", DISA_STEPS)
-def test_the_reverse_loop_from_950_is_the_official_one(steps, temperature):
-    """With the denoiser and the draws that the note in disa.json describes."""
+def test_reverse_diffusion_from_950_matches_reference(steps, temperature):
+    """Uses the denoiser and the draws that the note in disa.json describes."""
     schedule = NoiseSchedule(steps, last=950)
     J = len(schedule.timestep_J)
 
@@ -54,7 +54,7 @@ def test_the_reverse_loop_from_950_is_the_official_one(steps, temperature):
     def draws(seed):
         return np.random.RandomState(seed).standard_normal((5, 3)).astype(np.float32)
 
-    # Draw number J is the start; the loop's steps then take J-1 … 1, which are 0, 1, … there.
+    # Draw J is the start. The loop then takes J-1 … 1, which the note numbers 0, 1, ….
     draw_JNZ = jnp.asarray([draws(1000 + J - 1 - j) for j in range(J)] + [draws(77)])
     found_NZ = reverse_diffusion(
         denoise, schedule.coefficients(), J, lambda j: draw_JNZ[j], temperature
@@ -64,13 +64,13 @@ def test_the_reverse_loop_from_950_is_the_official_one(steps, temperature):
 
 
 @pytest.mark.parametrize("steps", [1, 1001, 2.5])
-def test_numbers_of_steps_that_there_cannot_be_are_refused(steps):
+def test_invalid_numbers_of_steps_are_refused(steps):
     with pytest.raises(InputError, match=f"diffusion_steps={steps}: must be a whole number, 2"):
         NoiseSchedule(steps)
 
 
 def gaussian_denoiser(mean, std, xt_NZ, t_N):
-    """The best guess of the noise in data that are normal, and the posterior's variance."""
+    """Predicts the expected noise in normally distributed data, and the posterior's variance."""
     alpha_bar = jnp.asarray(NoiseSchedule().alpha_bar_J, jnp.float32)[t_N][:, None]
     variance = alpha_bar * std**2 + 1 - alpha_bar
     noise_NZ = jnp.sqrt(1 - alpha_bar) * (xt_NZ - jnp.sqrt(alpha_bar) * mean) / variance
@@ -78,7 +78,7 @@ def gaussian_denoiser(mean, std, xt_NZ, t_N):
 
 
 @pytest.mark.parametrize(("temperature", "spread"), [(1.0, 1.0), (0.0, None)])
-def test_the_reverse_loop_draws_the_distribution_whose_denoiser_it_gets(temperature, spread):
+def test_reverse_diffusion_samples_the_distribution_of_its_denoiser(temperature, spread):
     mean, std = 1.5, 0.4
     key, shape = jax.random.key(0), (4000, 4)
     x0_NZ = reverse_diffusion(
@@ -95,7 +95,7 @@ def test_the_reverse_loop_draws_the_distribution_whose_denoiser_it_gets(temperat
         assert np.std(x0_NZ) < 0.9 * std
 
 
-def test_clipping_bounds_what_the_last_step_gives():
+def test_clip_denoised_bounds_the_samples():
     schedule = NoiseSchedule(10)
     wrong = lambda xt_NZ, t_N: 1.05 * gaussian_denoiser(0.0, 1.0, xt_NZ, t_N)  # noqa: E731
     key = jax.random.key(1)
@@ -109,7 +109,7 @@ def test_clipping_bounds_what_the_last_step_gives():
     assert largest(clip_denoised=0.0) == largest()
 
 
-def test_a_traced_number_of_steps_gives_the_same():
+def test_a_traced_number_of_steps_gives_the_same_samples():
     schedule = NoiseSchedule(6)
     draw = lambda j: jax.random.normal(jax.random.fold_in(jax.random.key(2), j), (3, 2))  # noqa: E731
     loop = functools.partial(
@@ -122,7 +122,7 @@ def test_a_traced_number_of_steps_gives_the_same():
     )
 
 
-def test_the_bound_teaches_the_variance_alone():
+def test_variational_bound_trains_only_the_variance():
     key = jax.random.split(jax.random.key(3), 3)
     x0_NZ, noise_NZ, out_N2Z = (
         jax.random.normal(k, (6, n)) for k, n in zip(key, (2, 2, 4), strict=True)

@@ -1,4 +1,4 @@
-"""Group norms of the autoencoders: all digits of float32, or one pass in shorter formats."""
+"""Group norms of the autoencoders: exact in float32, in one pass for shorter formats."""
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ class Norm(nn.Module):
 @pytest.mark.parametrize(
     ("dtype", "mean", "atol"), [("float32", 300, 3e-4), ("bfloat16", 10, 0.02)]
 )
-def test_a_large_mean_leaves_the_digits_of_the_format(dtype, mean, atol):
+def test_group_norm_is_accurate_despite_a_large_mean(dtype, mean, atol):
     noise_BhwC = np.random.default_rng(0).normal(size=(2, 16, 16, 8))
     x_BhwC = jnp.asarray(mean + noise_BhwC, dtype)
     y_BhwC, _ = Norm(dtype).init_with_output(jax.random.key(0), x_BhwC)
@@ -43,7 +43,7 @@ def test_a_large_mean_leaves_the_digits_of_the_format(dtype, mean, atol):
         ("bfloat16", "highest", True),
     ],
 )
-def test_only_exact_norms_subtract_the_mean_before_they_square(dtype, precision, one_pass):
+def test_only_exact_norms_subtract_the_mean_before_squaring(dtype, precision, one_pass):
     module, x_BhwC = Norm(dtype, precision), jnp.ones((2, 4, 4, 8), dtype)
     params = module.init(jax.random.key(0), x_BhwC)
     names = [eqn.primitive.name for eqn in jax.make_jaxpr(module.apply)(params, x_BhwC).eqns]

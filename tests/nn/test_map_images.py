@@ -1,4 +1,4 @@
-"""Encoding and decoding of batches in pieces."""
+"""Encoding and decoding batches in pieces."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from varjax.nn.compute import ComputeConfig
 @pytest.mark.parametrize(
     ("rows", "sizes"), [(48, [16]), (24, [12]), (16, [16]), (17, [17]), (3, [3]), (34, [34])]
 )
-def test_large_batches_go_in_equal_pieces_whatever_that_gives_is_the_same(rows, sizes):
+def test_splitting_batches_into_equal_pieces_does_not_change_the_result(rows, sizes):
     seen = []
 
     def function(x):
@@ -24,7 +24,7 @@ def test_large_batches_go_in_equal_pieces_whatever_that_gives_is_the_same(rows, 
     assert seen == sizes
 
 
-def test_a_cpu_goes_image_by_image_but_not_for_small_ones():
+def test_cpus_process_large_images_one_by_one():
     seen = []
 
     def function(x):

@@ -1,4 +1,4 @@
-"""Convolutions of float32 numbers by products of shorter formats."""
+"""Float32 convolutions computed with products in shorter formats."""
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ def in_float64():
         ("highest", 0, 2**-19),
     ],
 )
-def test_each_is_as_exact_as_its_bits(precision, least, most):
+def test_each_precision_is_as_accurate_as_its_bits(precision, least, most):
     exact = in_float64()
     y_BHWC = np.asarray(convolve(precision, "cpu")(X_BHWC, KERNEL), np.float64)
     error = np.abs(y_BHWC - exact).max() / exact.std()
@@ -52,7 +52,7 @@ def test_each_is_as_exact_as_its_bits(precision, least, most):
         ("bfloat16", "gpu", ["HIGHEST"]),
     ],
 )
-def test_machines_do_themselves_what_they_can(precision, platform, expected):
+def test_native_precisions_are_used_where_the_platform_has_them(precision, platform, expected):
     equations = jax.make_jaxpr(convolve(precision, platform))(X_BHWC, KERNEL).jaxpr.eqns
     convolutions = [e.params for e in equations if e.primitive.name == "conv_general_dilated"]
     assert [{p.name for p in params["precision"]} for params in convolutions] == [

@@ -1,4 +1,4 @@
-"""How exactly the products of programs are computed: read off the programs, run nowhere."""
+"""The precision of products in traced programs, which are not run."""
 
 import collections
 
@@ -23,7 +23,7 @@ from varjax.var.teacher_forcing import targets_and_inputs
 def products(function, *args):
     """Counts the products of a function by (dtype of the operands, dtype of the result, precision).
 
-    precision: "HIGH" and so on; None where none is asked for.
+    The precision is "HIGH" and so on, or None if none is requested.
     """
     found = collections.Counter()
 
@@ -57,26 +57,26 @@ def tokens(compute):
     return encode
 
 
-def test_tokens_are_made_in_float32_where_they_are_to_be_exact():
+def test_exact_tokens_use_only_float32_products():
     assert products(tokens(EXACT), PARAMS, IMAGE_BHWC).keys() == {EXACTLY}
 
 
 @pytest.mark.parametrize(
     ("platform", "asked", "times"), [("tpu", "HIGH", 1), ("gpu", "DEFAULT", 3)]
 )
-def test_in_training_the_frozen_encoder_s_convolutions_take_three_passes(platform, asked, times):
+def test_convolutions_of_a_frozen_encoder_take_three_passes(platform, asked, times):
     compute = ComputeConfig(platform=platform)
     found = products(tokens(compute), PARAMS, IMAGE_BHWC)
     exact = products(tokens(EXACT), PARAMS, IMAGE_BHWC)
     encoder = products(lambda p, x: image_features(CONFIG, p, x, EXACT), PARAMS, IMAGE_BHWC)
     fast = ("float32", "float32", asked)
     assert found.keys() == {EXACTLY, fast}
-    # All of the encoder but its attention and its last convolution; the quantizer is exact.
+    # The encoder's attention, its last convolution, and the quantizer are exact.
     assert found[fast] / times == exact[EXACTLY] - found[EXACTLY] < encoder[EXACTLY]
     assert found[EXACTLY] > exact[EXACTLY] - encoder[EXACTLY]
 
 
-def test_codes_are_looked_for_in_float32():
+def test_the_search_for_codes_is_in_float32():
     quantizer = make_quantizer(CONFIG)
     f_BhwZ = jax.ShapeDtypeStruct((2, *CONFIG.pyramid.finest, CONFIG.code_channels), jnp.float32)
     params = {"params": PARAMS["quantizer"]}
@@ -84,7 +84,7 @@ def test_codes_are_looked_for_in_float32():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_transformer_multiplies_in_its_format_and_the_head_adds_in_float32(dtype):
+def test_transformer_products_are_in_its_dtype_and_the_head_sums_in_float32(dtype):
     model = VAR(runs.VAR, ComputeConfig(dtype, attention_impl="xla"))
     params = jax.eval_shape(runs.VAR.init, jax.random.key(0))
 
@@ -96,7 +96,7 @@ def test_the_transformer_multiplies_in_its_format_and_the_head_adds_in_float32(d
     if dtype == "float32":
         assert found.keys() == {EXACTLY}
         return
-    # In float32 only the head's AdaLN, which is one row an image.
+    # Only the head's AdaLN is in float32; it has one row per image.
     assert found.pop(EXACTLY) == 1
     assert found.keys() == {("bfloat16", "bfloat16", None), ("bfloat16", "float32", None)}
     assert found["bfloat16", "float32", None] == 1 + len(
@@ -105,7 +105,7 @@ def test_the_transformer_multiplies_in_its_format_and_the_head_adds_in_float32(d
 
 
 @pytest.mark.parametrize("model", ["var", "mar"])
-def test_evaluation_is_exact_in_float32(model):
+def test_exact_evaluation_uses_only_float32_products(model):
     exact = dict(tokenizer_weights="random", compute=EXACT)
     if model == "var":
         task = VARTask(runs.VAR, runs.TOKENIZER, **exact)
@@ -117,7 +117,7 @@ def test_evaluation_is_exact_in_float32(model):
     assert products(task.eval_step, state, frozen, batch).keys() == {EXACTLY}
 
 
-def test_inception_is_exact():
+def test_inception_uses_only_float32_products():
     params = jax.eval_shape(init_inception, jax.random.key(0))
     image_BHWC = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
     found = products(lambda p, x: Inception().apply({"params": p}, x), params, image_BHWC)

@@ -11,13 +11,13 @@ FUNCTIONS = weights.outputs("functions")
 
 
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n.startswith(("area", "bicubic"))])
-def test_matrices_are_pytorch_s(name):
+def test_resize_matrices_match_pytorch(name):
     kind, size, out = name.split(".")
     matrix = {"area": resize.area_matrix, "bicubic": resize.bicubic_matrix}[kind]
     np.testing.assert_allclose(matrix(int(size), int(out)), FUNCTIONS[name], atol=1e-6)
 
 
-def test_height_and_width_are_resized_by_their_own_matrices():
+def test_height_and_width_are_resized_separately():
     x_BhwC = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6, 3)), jnp.float32)
     expected = np.einsum(
         "Hh,bhwc,Ww->bHWc", resize.area_matrix(4, 3), x_BhwC, resize.area_matrix(6, 2)
@@ -26,7 +26,7 @@ def test_height_and_width_are_resized_by_their_own_matrices():
 
 
 @pytest.mark.parametrize("side", [4, 6, 13])
-def test_edit_masks_are_the_reference_s(side):
+def test_edit_masks_match_reference(side):
     keep_Bhw = FUNCTIONS["edit_mask.16.16"][None]
     keep_BL = keep_at_every_scale(Pyramid((1, side, 16)), keep_Bhw)
     assert keep_BL[0, 0]

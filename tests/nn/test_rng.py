@@ -1,4 +1,4 @@
-"""The named random streams: their numbers, which runs and samples depend on, and their keys."""
+"""The named random streams, their fixed numbers, and their keys."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from varjax.nn.rng import ImageStream, InitStream, StepStream, stream_key, strea
 
 
 def test_stream_numbers_never_change():
-    """Fails where a number changed, which changes what a seed draws, or where a new one is used."""
+    """Fails if a number changes, which would change what a seed draws, or if one is added."""
     numbers = {stream.name: stream.value for stream in ImageStream}
     assert numbers == {
         "ORDER": 0,
@@ -26,7 +26,7 @@ def test_stream_numbers_never_change():
     assert (InitStream.DISCRIMINATOR, InitStream.CODEBOOK, StepStream.CODEBOOK) == (1, 2, 2**31 - 1)
 
 
-def test_keys_of_a_batch_are_those_of_its_images():
+def test_batch_keys_match_the_keys_of_single_images():
     key_B = jax.vmap(jax.random.key)(jnp.arange(3))
     together = jax.random.key_data(stream_keys(key_B, ImageStream.POSTERIOR))
     for i in range(3):

@@ -8,7 +8,7 @@ from varjax.errors import InputError
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.stack import init_stack, run_stack, stacked_param
 
-drawn = []  # a number for each time that the initialization of the layers is traced
+drawn = []  # grows whenever the initialization of the layers is traced
 
 
 class Layer(nn.Module):
@@ -36,7 +36,7 @@ class Stack(nn.Module):
 X_BLC = jnp.ones((2, 3, 4))
 
 
-def test_layers_are_initialized_once_and_not_traced_again_when_applied():
+def test_applying_a_stack_does_not_trace_its_initialization():
     variables = jax.eval_shape(Stack(3).init, jax.random.key(0), X_BLC)
     assert variables["params"]["layers"]["dense"]["kernel"].shape == (3, 4, 4)
     drawn.clear()

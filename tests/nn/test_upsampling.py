@@ -1,4 +1,4 @@
-"""Nearest upsampling with a convolution, computed on the small map, against the two steps."""
+"""Fused nearest upsampling and convolution, against the same in two steps."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def two_steps(x_BhwC, kernel_33CN):
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 5, 3, 4), (1, 1, 1, 8, 8), (3, 4, 8, 16, 5)], ids=str)
-def test_output_and_gradients_are_those_of_the_two_steps(shape):
+def test_output_and_gradients_match_two_steps(shape):
     B, h, w, C, N = shape
     x_BhwC = jax.random.normal(KEY_X, (B, h, w, C))
     kernel_33CN = jax.random.normal(KEY_KERNEL, (3, 3, C, N))
@@ -34,7 +34,7 @@ def test_output_and_gradients_are_those_of_the_two_steps(shape):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-def test_derivatives_forward_and_of_one_argument_are_those_of_the_two_steps():
+def test_forward_and_one_argument_derivatives_match_two_steps():
     x_BhwC = jax.random.normal(KEY_X, (2, 4, 3, 3))
     kernel_33CN = jax.random.normal(KEY_KERNEL, (3, 3, 3, 4))
     both = x_BhwC, kernel_33CN
@@ -51,7 +51,7 @@ def test_derivatives_forward_and_of_one_argument_are_those_of_the_two_steps():
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-def test_the_backward_pass_keeps_the_arguments_alone():
+def test_the_backward_pass_keeps_only_the_arguments():
     x_BhwC, kernel_33CN = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 4))
     _, backward = jax.vjp(upsample_and_convolve, x_BhwC, kernel_33CN)
     kept = [x.shape for x in jax.tree.leaves(backward)]
@@ -69,7 +69,7 @@ def test_both_platforms_have_the_same_parameters_and_results(dtype):
     np.testing.assert_allclose(found, expected, atol=1e-5 if dtype == jnp.float32 else 2e-2)
 
 
-def test_a_cpu_computes_less_and_gradients_count_no_product_twice():
+def test_fused_upsampling_saves_flop_and_its_gradients_repeat_no_product():
     x_BhwC, kernel_33CN = jnp.zeros((1, 32, 32, 4)), jnp.zeros((3, 3, 4, 4))
 
     def loss(function):
