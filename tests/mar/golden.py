@@ -1,4 +1,4 @@
-"""The golden cases of MAR as varjax sees them: config, converted weights, arrays by token."""
+"""MAR's golden cases, with config and parameters converted to varjax."""
 
 import functools
 import types
@@ -16,7 +16,7 @@ CASES = ("mar_base", "mar_patch2")
 
 @functools.cache
 def case(name: str) -> types.SimpleNamespace:
-    """config, params, outputs, diffusion (steps of sampling), and what `hidden` takes."""
+    """Returns config, parameters, official outputs, schedule, and what `hidden` takes."""
     settings = weights.case(name)["settings"]
     side = settings["img_size"] // settings["vae_stride"]
     config = MARConfig(
@@ -38,7 +38,7 @@ def case(name: str) -> types.SimpleNamespace:
     out = weights.outputs(name)
     masked = int(out["mask"][0].sum())
     known = config.length - masked
-    # Positions of known tokens come last in an order: the first ones are masked first.
+    # The reference masks the first positions of an order, so known tokens are the last ones.
     position_Bn = out["orders"][:, masked:].astype(np.int32)
     return types.SimpleNamespace(
         name=name,

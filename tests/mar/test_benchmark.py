@@ -1,4 +1,4 @@
-"""The pieces of MAR's sampling that benchmarks compile, against the whole."""
+"""The pieces of MAR's sampling that benchmarks compile, against the whole program."""
 
 import functools
 
@@ -15,7 +15,7 @@ COMPUTE = ComputeConfig()
 
 
 def work(diffusion_steps, guided=True):
-    """Returns the FLOP of the pieces, how often denoising runs, and a count of the whole's FLOP."""
+    """Returns the pieces' FLOP and denoising steps, and a function that counts the whole's FLOP."""
     programs = sampling_programs("mar_b", 12, guided, diffusion_steps=diffusion_steps)
     params = jax.eval_shape(programs.init, jax.random.key(0))
     arguments = jax.eval_shape(
@@ -32,13 +32,13 @@ def work(diffusion_steps, guided=True):
 
 
 @pytest.mark.parametrize("guided", [True, False])
-def test_pieces_have_the_work_of_the_whole(guided):
+def test_pieces_have_the_flop_of_the_whole_program(guided):
     total, denoising, count_whole = work("10", guided)
     assert denoising == 12 * 10
     assert total == pytest.approx(count_whole(), rel=0.01)
 
 
-def test_pieces_count_what_the_whole_cannot_tell():
+def test_pieces_count_a_varying_number_of_denoising_steps():
     most, _, _ = work("10")
     total, denoising, count_whole = work("10:5")  # DiSA
     assert denoising == sum(5 + (11 - k) * 5 // 11 for k in range(12)) and total < most

@@ -1,4 +1,4 @@
-"""bfloat16 against float32: only products are in bfloat16, not what a sampler amplifies."""
+"""MAR in bfloat16 against float32. Values whose errors a sampler amplifies stay in float32."""
 
 import dataclasses
 import functools
@@ -22,11 +22,11 @@ CONFIG = MARConfig(
     head=DiffusionHead(depth=1, width=16), classes=10, latent_map=(8, 8), buffer_size=8,
 )  # fmt: skip
 HALF = ("bfloat16", "bfloat16", None)
-LOGITS, LOGITS_GRADIENTS = ("bfloat16", "float32", None), 2  # of attention, before its softmax
+LOGITS, LOGITS_GRADIENTS = ("bfloat16", "float32", None), 2  # products of attention logits
 
 
 def random_params(init):
-    """Parameters of which none is closed: the variances of Xavier, embeddings of 0.5."""
+    """Draws nonzero parameters: kernels with Xavier's variance, embeddings with std 0.5."""
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -44,14 +44,14 @@ def relative_error(half, exact):
 
 
 def in_both(function):
-    """What a function of `ComputeConfig` gives in bfloat16 and in float32."""
+    """Evaluates a function of `ComputeConfig` in bfloat16 and in float32."""
     computes = (ComputeConfig(dtype, attention_impl="xla") for dtype in ("bfloat16", "float32"))
     return [jax.device_get(jax.jit(functools.partial(function, c))()) for c in computes]
 
 
 @functools.cache
 def deep_head():
-    """A head of MAR-B's depth on tokens at t = 999: (config, parameters, x_t, z)."""
+    """Returns a head of MAR-B's depth, its parameters, and x_t and z at t = 999."""
     head, rng = DiffusionHead(depth=6, width=256), np.random.default_rng(1)
     config = dataclasses.replace(CONFIG, head=head, encoder_depth=1, decoder_depth=1)
     params = random_params(config.init)["head"]
@@ -60,7 +60,7 @@ def deep_head():
 
 
 def predicted_noise(params):
-    """ε at t = 999, (bfloat16, float32)."""
+    """Predicts the noise ε at t = 999 in (bfloat16, float32)."""
     head, _, xt_NZ, z_NC = deep_head()
 
     def noise(compute):
@@ -71,27 +71,27 @@ def predicted_noise(params):
 
 
 @pytest.mark.slow
-def test_noise_error_of_a_random_head():
+def test_bfloat16_noise_error_of_a_random_head_is_small():
     # Measured 0.0061; with x_t, the residual stream and the output in bfloat16 it was 0.0094.
     assert 1e-4 < relative_error(*predicted_noise(deep_head()[1])) < 0.0076
 
 
 @pytest.mark.slow
-def test_noise_error_of_a_trained_head():
-    """Near t = 999, x_t is noise, and a trained head returns it almost as it is."""
+def test_bfloat16_noise_error_of_a_trained_head_is_small():
+    """Near t = 999, x_t is nearly noise, and a trained head returns it almost unchanged."""
     params = deep_head()[1]
     first, last = params["input_proj"]["kernel"], params["out"]["kernel"]
-    # The last norm divides by the stream's standard deviation, which is about that of the first.
+    # The last norm divides by the stream's deviation, about that of the first layer's output.
     find = jnp.linalg.pinv(first) * jnp.sqrt(jnp.mean(jnp.sum(first**2, axis=0)))
     params = params | {"out": params["out"] | {"kernel": last.at[:, :16].set(find)}}
     half, exact = predicted_noise(params)
     assert np.corrcoef(exact.ravel(), np.asarray(deep_head()[2]).ravel())[0, 1] > 0.9
     # Measured 0.0024; with x_t, the residual stream and the output in bfloat16 it was 0.0042.
     assert 1e-5 < relative_error(half, exact) < 0.0032
-    # What the first of 100 steps makes of it in the next x_t, whose own spread is about 1.
+    # The error that the first of 100 steps adds to x_t, whose standard deviation is about 1.
     table = NoiseSchedule(100).coefficients()
     factor = table.mean_of_x0[-1] * table.x0_of_noise[-1]
-    assert factor * np.std(half - exact) < 0.75  # measured 0.55; 0.97 before
+    assert factor * np.std(half - exact) < 0.75  # measured 0.55; 0.97 with all three in bfloat16
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_noise_error_of_a_trained_head():
     ("causal", "bound"),
     [(False, 0.007), (True, 0.0085)],
 )
-def test_error_of_z(causal, bound):
+def test_bfloat16_error_of_z_is_small(causal, bound):
     config = dataclasses.replace(CONFIG, causal=causal)
     params, rng = random_params(config.init), np.random.default_rng(2)
     position_BL = jnp.asarray([rng.permutation(64) for _ in range(2)], jnp.int32)
@@ -119,7 +119,7 @@ def test_error_of_z(causal, bound):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", [DiffusionHead(depth=2, width=16), CategoricalHead(7)])
-def test_casting_kernels_beforehand_changes_no_bit(head):
+def test_casting_kernels_in_advance_changes_nothing(head):
     """The pipeline holds these kernels in bfloat16."""
     config = dataclasses.replace(
         CONFIG, width=16, encoder_depth=1, decoder_depth=1, head=head, latent_map=(2, 2)
@@ -148,7 +148,7 @@ def test_casting_kernels_beforehand_changes_no_bit(head):
 
 
 @pytest.mark.slow
-def test_number_formats_of_products_in_training():
+def test_dtypes_of_products_in_training():
     head = DiffusionHead(depth=2, width=16)
     config = dataclasses.replace(
         CONFIG, width=16, encoder_depth=1, decoder_depth=1, head=head, latent_map=(2, 2)
@@ -166,11 +166,11 @@ def test_number_formats_of_products_in_training():
 
     assert products(total, params) == {
         EXACTLY: 3,  # z_proj, and the head's first and last layer
-        HALF: 2 * 7 + 1 + (2 + 1 + 2 * 3 + 1),  # of both stacks, between them, and of the head
+        HALF: 2 * 7 + 1 + (2 + 1 + 2 * 3 + 1),  # two stacks, between them, and the head
         LOGITS: 2,
     }
     found = products(jax.grad(total), params)
-    # Gradients of the three kernels, and by what the last layer gets.
+    # Gradients of the three kernels, and of the last layer's input.
     assert found[EXACTLY] == 3 + 3 + 1
     assert found["float32", "float32", None] == 2 * LOGITS_GRADIENTS
     assert found[HALF] > 70 and set(found) == {EXACTLY, HALF, LOGITS, ("float32", "float32", None)}

@@ -1,4 +1,4 @@
-"""One token after another: what sees what, and the cache against teacher forcing."""
+"""MAR with causal attention: causality, and the cache against teacher forcing."""
 
 import functools
 
@@ -48,7 +48,7 @@ def test_cache_matches_teacher_forcing(changes):
     np.testing.assert_allclose(np.stack(found, axis=1), in_order_BLC, rtol=1e-4, atol=1e-4)
 
 
-def test_causality():
+def test_hidden_vectors_depend_only_on_earlier_tokens():
     config = tiny(dict(causal=True))
     order_BL, token_BL = draw_orders(config, KEY_B), tokens(config)
     apply = functools.partial(MAR(config).apply, {"params": params(config)})

@@ -1,4 +1,4 @@
-"""MAR's two streams of guidance: the steps and the timesteps where the second one is computed."""
+"""MAR's guidance: the steps and timesteps that it is limited to, custom rules, and guides."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar
 FEW = dict(diffusion_steps="3", clip_denoised=2.0, guidance_schedule="constant")
 
 
-def test_groups_of_steps_end_where_guidance_begins_and_ends():
+def test_step_groups_are_split_where_guidance_starts_and_ends():
     schedule = UnmaskingSchedule(length=64, steps=16, group_count=2)
     assert [g.steps for g in schedule.groups()] == [range(8), range(8, 16)]
     found = [g.steps for g in schedule.groups(guided=(3, 10))]
@@ -33,7 +33,7 @@ def test_groups_of_steps_end_where_guidance_begins_and_ends():
     np.testing.assert_allclose(guidance, [1, 3, 3, 1])
 
 
-def test_equal_intervals_share_a_compilation_whatever_the_numbers():
+def test_equal_guidance_intervals_share_a_compilation():
     made = [
         make_setup(TINY, check_sampling(TINY, MAROptions(guidance=g, **FEW, steps=4)))
         for g in ((1, 2, 3, 1), (1, 5, 6.5, 1), (1, 2, 3, 4))
@@ -59,7 +59,7 @@ def sampled(config, setup, guide=None):
     [(CATEGORICAL, (1, 2)), (CATEGORICAL | CAUSAL, (1, 3))],
     ids=["masked", "causal"],
 )
-def test_a_stream_that_is_not_computed_changes_nothing(changes, interval):
+def test_skipping_the_second_stream_where_guidance_is_off_changes_nothing(changes, interval):
     config, (start, stop) = tiny(changes), interval
     options = MAROptions(guidance=3.0, guidance_from=start, guidance_to=stop, **FEW, steps=2)
     setup = make_setup(config, check_sampling(config, options), None, 1)
@@ -67,15 +67,15 @@ def test_a_stream_that_is_not_computed_changes_nothing(changes, interval):
     everywhere = setup.replace(guided=(0, setup.schedule.steps))
     without = sampled(config, setup)
     np.testing.assert_array_equal(without, sampled(config, everywhere))
-    # Guided by itself, a model draws as it does alone.
+    # A model that is its own guide samples as without guidance.
     unguided = make_setup(config, check_sampling(config, options.replace(guidance=1.0)), None, 1)
     alone = sampled(config, unguided)
     np.testing.assert_array_equal(sampled(config, setup, config), alone)
     assert (without != alone).any()
 
 
-def test_the_second_stream_guides_the_timesteps_of_the_interval():
-    """A denoiser that predicts its z: so a draw tells which z guided which timesteps."""
+def test_guidance_is_limited_to_its_interval_of_timesteps():
+    """The denoiser predicts its z, so a sample shows which z guided which timesteps."""
     head = DiffusionHead(channels=1)
     z = [jnp.ones((2, 3, 1)), jnp.zeros((2, 3, 1))]
     denoising = denoising_steps(denoising_schedules("4", 1), 0)
@@ -100,7 +100,7 @@ def test_the_second_stream_guides_the_timesteps_of_the_interval():
 
 
 @pytest.mark.slow
-def test_a_rule_of_one_s_own_is_asked_at_every_step_and_returns_tokens():
+def test_a_custom_rule_draws_the_tokens_with_and_without_guidance():
     options = MAROptions(guidance=3.0, guidance_from=1, **FEW, steps=2)
     setup, asked = make_setup(TINY, check_sampling(TINY, options), None, 2), []
 
@@ -118,7 +118,7 @@ def test_a_rule_of_one_s_own_is_asked_at_every_step_and_returns_tokens():
         token_shape(lambda *given: rule(*given)[..., None])
 
 
-def test_what_does_not_fit_a_model_is_refused():
+def test_incompatible_guides_are_refused_and_others_change_the_identity():
     model, codes, raster = (
         MARPipeline(None, config, {"tokenizer": {}, "mar": params(config)})
         for config in (TINY, tiny(CATEGORICAL), dataclasses.replace(TINY, order="raster"))

@@ -1,4 +1,4 @@
-"""The order of tokens, the mask ratio of training, and how many tokens each step draws."""
+"""The order of tokens, the mask ratio in training, and how many tokens each step draws."""
 
 import itertools
 
@@ -58,7 +58,7 @@ def work(schedule, edges):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_groups_have_the_least_work_of_all_ways_to_group(count):
+def test_step_groups_minimize_the_work(count):
     schedule = UnmaskingSchedule(length=40, steps=9, group_count=count)
     found = [group.steps.start for group in schedule.groups()][1:]
     ways = itertools.combinations(range(1, 9), count - 1)
@@ -78,4 +78,4 @@ def test_groups_have_the_least_work_of_all_ways_to_group(count):
 )
 def test_padding_adds_few_tokens(length, steps, most):
     drawn = sum(len(g.steps) * g.new for g in UnmaskingSchedule(length, steps).groups())
-    assert length <= drawn < most * length  # up to 1.5 times in one loop
+    assert length <= drawn < most * length  # a single loop draws up to 1.5 times as many

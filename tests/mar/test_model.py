@@ -1,4 +1,4 @@
-"""The transformer against the reference, and what it must not see."""
+"""MAR's transformer and diffusion loss against the reference, and refused settings."""
 
 import functools
 import json
@@ -153,6 +153,6 @@ def test_invalid_settings_are_refused(change, says):
 
 
 def assert_close(ours, official):
-    """To 1e-4 of the largest number."""
+    """Checks values to within 1e-4 of the largest one."""
     scale = np.abs(official).max()
     np.testing.assert_allclose(np.asarray(ours) / scale, official / scale, atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""The Python face of a MAR model, over a tiny run."""
+"""The Python interface of a MAR model, `MARPipeline`, with a tiny run."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def images(count=2):
     return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), np.uint8)
 
 
-def test_what_a_run_says_of_itself():
+def test_pipeline_has_the_config_and_options_of_its_run():
     model = loaded()
     assert read_model(runs.mar())[0].name == "mar"
     assert model.config == {"tokenizer": runs.KL, "mar": runs.MAR}
@@ -37,7 +37,7 @@ def test_what_a_run_says_of_itself():
     assert model.options() == runs.MAR_SAMPLING and model.options(guidance=3).guidance == 3.0
 
 
-def test_samples_are_those_of_their_latents_and_of_their_index():
+def test_samples_are_decoded_latents_and_follow_their_index():
     model = loaded()
     images_BHWC = np.asarray(model.sample([3, 1, 4], seed=5))
     assert images_BHWC.shape == (3, 8, 8, 1) and images_BHWC.std() > 0
@@ -69,7 +69,7 @@ def causal() -> varjax.MARPipeline:
 
 
 @pytest.mark.parametrize("make", [loaded, causal])
-def test_a_listener_gets_every_step_and_changes_no_bit(make):
+def test_a_step_listener_gets_every_step_without_changing_samples(make):
     model, steps = make(), []
     images_BHWC = model.sample([3, 1, 4], 5, every_step=lambda *step: steps.append(step))
     assert np.array_equal(images_BHWC, model.sample([3, 1, 4], 5))
@@ -84,7 +84,7 @@ def test_a_listener_gets_every_step_and_changes_no_bit(make):
         np.testing.assert_allclose(images_SBHWC, every, atol=1e-5)
 
 
-def test_a_listener_of_an_edit_gets_the_steps_that_draw():
+def test_a_step_listener_of_an_edit_gets_only_the_drawing_steps():
     model, steps = loaded(), []
     given = {"seed": 3, "index": [0, 1, 2]}
     model.edit(images(1), KEEP, **given, every_step=lambda *step: steps.append(step))
@@ -92,7 +92,7 @@ def test_a_listener_of_an_edit_gets_the_steps_that_draw():
     np.testing.assert_allclose([x for _, x in steps], every, atol=1e-5)
 
 
-def test_a_mix_of_one_class_is_that_class():
+def test_a_mix_of_one_class_equals_that_class():
     model = loaded()
     latents = model.sample_latents([3, 10, 4], seed=5)
     mixed = model.sample_latents([{3: 2}, "10:1", {4: 0.5}], seed=5)
@@ -101,7 +101,7 @@ def test_a_mix_of_one_class_is_that_class():
     assert not np.array_equal(one, two)
 
 
-def test_an_image_and_its_latents():
+def test_encode_and_decode_match_the_tokenizer():
     model = loaded()
     latents_BhwZ = model.encode(images())
     tokenizer = varjax.load_tokenizer(runs.kl())
@@ -111,7 +111,7 @@ def test_an_image_and_its_latents():
     np.testing.assert_allclose(model.decode(latents_BhwZ), tokenizer.decode(mean_BhwZ), atol=1e-5)
 
 
-def test_an_edit_keeps_latents_to_the_bit():
+def test_edits_keep_latents_exactly():
     model = loaded()
     latents_BhwZ = np.asarray(model.encode(images()))
     edited_BhwZ = np.asarray(model.edit_latents(latents_BhwZ, KEEP, [1, 2], seed=3))
@@ -121,12 +121,12 @@ def test_an_edit_keeps_latents_to_the_bit():
     assert results.shape == (3, 8, 8, 1) and (results[0] != results[1]).any()
     steps = np.asarray(model.edit(images(1), KEEP, seed=3, index=[0, 1, 2], every_step=True))
     np.testing.assert_allclose(steps[-1], results, atol=1e-5)
-    # Tokens that are kept show from the start, and at some step the first of the others.
+    # Kept tokens are visible from the first step on, when others are still gray.
     gray = (steps.reshape(-1, 3, 4, 2, 4, 2) == 0.5).all(axis=(3, 5))
     assert not gray[:, :, KEEP].any() and gray[0].any() and len(steps) <= model.options().steps
 
 
-def test_vectors_depend_on_known_tokens_alone():
+def test_hidden_vectors_depend_only_on_known_tokens():
     model, rng = loaded(), np.random.default_rng(1)
     latents_BhwZ = rng.normal(size=(2, 4, 4, 3)).astype(np.float32)
     z_BLC = model.hidden(latents_BhwZ, KEEP, [1, 2])
@@ -161,6 +161,6 @@ def test_vectors_depend_on_known_tokens_alone():
         (lambda m: m.logits(np.zeros((1, 16, 16))), "this model's tokens are continuous"),
     ],
 )
-def test_what_cannot_be_is_refused(call, says):
+def test_invalid_input_is_refused(call, says):
     with pytest.raises(InputError, match=says):
         call(loaded())

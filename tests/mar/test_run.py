@@ -1,4 +1,4 @@
-"""A run on cached latents: exact resume, and the same tokens as from images."""
+"""A MAR run on cached latents: exact resume, and the same tokens as from images."""
 
 import dataclasses
 import shutil

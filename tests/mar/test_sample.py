@@ -1,4 +1,4 @@
-"""Sampling against whole generations of the reference, and the loops with fake networks."""
+"""MAR's sampling against generations of the reference, and its loops with fake networks."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ FEW = MAROptions(guidance=2.0, steps=5, diffusion_steps="4", clip_denoised=2.0)
 
 
 def official_noise(case, generation: str, steps: int):
-    """The normal noise of an official generation by (image, position, draw), and its order."""
+    """Returns an official generation's noise by (image, position, draw), and its token order."""
     out, J = case.out, case.steps
     order_BL = np.ascontiguousarray(out["orders"][:, ::-1]).astype(np.int32)
     known = UnmaskingSchedule(case.config.length, steps).known
@@ -92,7 +92,7 @@ def test_sampling_matches_reference(name, generation, options):
 
 @functools.cache
 def params(config):
-    """As if trained: nothing is 0, and the vectors depend on what is known."""
+    """Draws parameters as if trained: none is 0, and z depends on the known tokens."""
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -166,7 +166,7 @@ def test_network_is_given_the_known_tokens_at_their_positions():
     np.testing.assert_array_equal(token_BL, np.arange(100, 116)[None])
 
 
-def test_an_edit_draws_what_is_not_kept_by_the_last_steps():
+def test_edits_draw_the_missing_tokens_in_the_last_steps():
     """The fake head writes the step's number; image 0 keeps three tokens, image 1 eight."""
     schedule = UnmaskingSchedule(length=16, steps=5)
     kept_B1 = np.array([[3], [8]])
@@ -228,8 +228,8 @@ def test_annealed_diffusion_steps_change_only_the_last_tokens():
     config, key_B = TINY, KEY_B
     order_BL = np.asarray(draw_orders(config, key_B))
     options = FEW.replace(guidance=1.0, steps=12)
-    all_alike = sampled(config, options.replace(diffusion_steps="4:4"))  # to 950, too
-    # With 12 tokens, one a step: 4, 4, 4, 4, 4, 4, 3, … for the other half.
+    all_alike = sampled(config, options.replace(diffusion_steps="4:4"))  # also ends at 950
+    # Each of 12 steps draws one token: the first six by 4 denoising steps, the others by 3.
     annealed = sampled(config, options.replace(diffusion_steps="4:3:two_stage"))
     before = 6
     for b in range(2):
@@ -240,7 +240,7 @@ def test_annealed_diffusion_steps_change_only_the_last_tokens():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", KINDS)
-def test_edits_keep_tokens_to_the_bit_and_condition_on_them(changes):
+def test_edits_keep_tokens_exactly_and_condition_on_them(changes):
     config, rng = tiny(changes), np.random.default_rng(1)
     shape = 2, config.length, *config.head.token_shape
     token_BL = rng.integers(0, 7, shape) if changes.get("head") else rng.normal(size=shape)
@@ -251,7 +251,7 @@ def test_edits_keep_tokens_to_the_bit_and_condition_on_them(changes):
     np.testing.assert_array_equal(edited[keep_BL], token_BL[keep_BL])
     others = sampled(config, FEW, keep_BL=keep_BL, token_BL=np.roll(token_BL, 1, axis=1))
     assert (others[~keep_BL] != edited[~keep_BL]).any()
-    # What stands where nothing is kept is never read.
+    # Values at positions that are not kept are never read.
     hidden = np.where(keep_BL.reshape(keep_BL.shape + (1,) * (token_BL.ndim - 2)), token_BL, 3)
     same = sampled(config, FEW, keep_BL=keep_BL, token_BL=hidden.astype(token_BL.dtype))
     np.testing.assert_array_equal(same, edited)
@@ -311,7 +311,7 @@ def test_integer_options_share_a_compilation_with_floats():
 
 @pytest.mark.slow
 def test_codes_from_nan_logits_are_marked():
-    """An argmax would choose one, and the picture would look like any other."""
+    """An argmax would choose a valid code, and the image would look like any other."""
     config = tiny(CATEGORICAL)
     bad = jax.tree.map(lambda x: np.full_like(x, np.nan), params(config)["head"])
     setup = make_setup(config, FEW.check(), None, 2)

@@ -1,8 +1,8 @@
-"""MAR's samples against the distribution that an exact network would have.
+"""MAR's samples with an exact network, against the distribution of that network.
 
-The network is replaced by the exact one of tokens that are normal with variance 1 around a mean of
-the class and of the known tokens. Of these the noise, and the variance β of each step, have closed
-forms, so that the loop draws them exactly with any number of denoising steps.
+The exact network is that of normal tokens with variance 1, whose mean depends on the class and the
+known tokens. Their noise and the variance β of each step have closed forms, so the loop samples
+them exactly with any number of denoising steps.
 """
 
 import functools
@@ -28,14 +28,14 @@ CONFIG = MARConfig(
     head=DiffusionHead(channels=1, depth=1, width=2), classes=2, latent_map=(2, 2), buffer_size=1,
 )  # fmt: skip
 IMAGES, TOKENS = 2500, 4
-CLASS_MEANS, KNOWN_WEIGHT = np.array([1.5, -2.0, 0.5], np.float32), 0.5  # the last: no class
-# The mean of the image's known tokens counts half. With four steps one token is known after each,
-# and guidance counts tokens that are masked after a step, at least one.
+CLASS_MEANS, KNOWN_WEIGHT = np.array([1.5, -2.0, 0.5], np.float32), 0.5  # the last is for no class
+# KNOWN_WEIGHT multiplies the mean of the known tokens. Each of the four steps draws one token.
+# Linear guidance grows with the fraction known after a step; at least one counts as masked.
 LINEAR_FRACTIONS = (1 / 4, 2 / 4, 3 / 4, 3 / 4)
 
 
 def exact_hidden(label_B, guided):
-    """In place of the transformer: z is the mean of a token, for each stream."""
+    """Replaces the transformer by a function whose z is the mean of a token, for each stream."""
     labels = [label_B, jnp.full_like(label_B, CONFIG.classes)] if guided else [label_B]
 
     def hidden(token_BnZ, position_Bn, known_Bn):
@@ -50,7 +50,7 @@ def exact_hidden(label_B, guided):
 
 
 def exact_denoiser(mean_N1):
-    """In place of the head's network: the noise in x_t and +1, which stands for the variance β."""
+    """Replaces the head's network by the exact noise in x_t, and +1, which selects variance β."""
     alpha_bar_T = jnp.asarray(NoiseSchedule().alpha_bar_J, jnp.float32)
 
     def denoise(xt_N1, t_1):
@@ -62,8 +62,8 @@ def exact_denoiser(mean_N1):
 
 
 def residuals(options, fractions):
-    """What is left of tokens by step, (images, steps), once the target's mean is taken away."""
-    # Seed 0 gives two equal float32 numbers with jax 0.12, as happens about once in 10,000 draws.
+    """Samples tokens and subtracts their target mean; returns (images, steps)."""
+    # With jax 0.12, seed 0 draws an equal pair, which is common among 10,000 float32 numbers.
     key_B, label_B = image_keys(1, jnp.arange(IMAGES)), jnp.arange(IMAGES) % 2
     order_BL = draw_orders(CONFIG, key_B)
     setup = make_setup(CONFIG, options.check())
@@ -88,9 +88,9 @@ def residuals(options, fractions):
         scale = 1 + (options.guidance - 1) * fraction
         class_B = CLASS_MEANS[np.asarray(label_B)]
         mean_B = CLASS_MEANS[2] + scale * (class_B - CLASS_MEANS[2])
-        if step:  # both halves of guidance see the same known tokens
+        if step:  # both streams of guidance see the same known tokens
             mean_B = mean_B + KNOWN_WEIGHT * drawn_BS[:, :step].mean(axis=1)
-        # From x_T ~ N(0, 1), without the signal that is left in it.
+        # x_T is drawn from N(0, 1), without the signal that the noise schedule leaves in it.
         left = NoiseSchedule().alpha_bar_J[setup.noise_schedules[step].timestep_J[-1]]
         found.append(drawn_BS[:, step] - (1 - left) * mean_B)
     return np.stack(found, axis=1)
@@ -112,7 +112,7 @@ def test_moments_and_quantiles_match_target(options, fractions):
     residual_BS = residuals(options, fractions)
     draws, variance = residual_BS.size, cooled_variance(options)
     assert draws == 10_000
-    # Four standard errors each, of a step and of all together.
+    # Four standard errors, for each step and for all steps together.
     np.testing.assert_allclose(residual_BS.mean(axis=0), 0, atol=4 / IMAGES**0.5)
     np.testing.assert_allclose(residual_BS.var(axis=0), variance, rtol=4 * (2 / IMAGES) ** 0.5)
     assert abs(residual_BS.mean()) < 4 / draws**0.5
@@ -122,14 +122,14 @@ def test_moments_and_quantiles_match_target(options, fractions):
         error = (p * (1 - p) / draws) ** 0.5 / stats.norm.pdf(expected)
         found = np.quantile(residual_BS, p) / variance**0.5
         assert found == pytest.approx(expected, abs=4 * error), p
-    # No two draws are the same, and those of one image tell nothing of one another.
+    # All draws are different, and those of an image are uncorrelated.
     assert len(np.unique(residual_BS)) == draws
     correlation_SS = np.corrcoef(residual_BS.T) - np.eye(TOKENS)
     assert np.abs(correlation_SS).max() < 4.5 / IMAGES**0.5
 
 
 def cooled_variance(options):
-    """The variance of tokens: 1, or less where the temperature shrinks the noise of each step."""
+    """Returns the variance of tokens, which a temperature below 1 reduces in each step."""
     schedule, variance = NoiseSchedule(int(options.diffusion_steps.partition(":")[0])), 1.0
     if options.temperature == 1:
         return variance

@@ -1,4 +1,4 @@
-"""The task against one official optimizer step, and what no microbatch may change."""
+"""MAR's task: loss and optimizer step against the reference, accumulation, and evaluation."""
 
 import dataclasses
 import functools
@@ -71,13 +71,13 @@ def frozen(tokenizer):
 
 @functools.cache
 def start(task):
-    """A state in which everything has a gradient: at initialization the denoising MLP is closed."""
+    """Makes a state in which every parameter has a gradient; an initial head outputs only 0."""
     params = random_params(task.model.init)
     return jax.jit(lambda params: create_state(params, task.optimizer, task.ema_decay))(params)
 
 
 def official_draws(case):
-    """The masks, noise levels and noise of the official loss."""
+    """Returns the masks, timesteps and noise of the official loss."""
     shape = 2, case.config.length, 1
     noise = DiffusionNoise(
         timestep_BLU=jnp.asarray(case.out["loss.t"].astype(np.int32).reshape(shape)),
@@ -144,13 +144,13 @@ def test_optimizer_step_matches_reference():
     before = weights.state_dict("mar_base", "mar")
     checked = 0
     for name in before:
-        if name == "fake_latent":  # no label was dropped; PyTorch leaves what has no gradient
+        if name == "fake_latent":  # no label was dropped, so it has no gradient in PyTorch
             continue
         flat = np.asarray(after[name]).reshape(-1)
         stride = max(1, flat.size // 64)
         moved = out[f"after_one_step.{name}"] - before[name].reshape(-1)[::stride]
         ours = flat[::stride] - before[name].reshape(-1)[::stride]
-        if name.endswith("qkv.bias"):  # a bias of all keys changes nothing: its gradient is noise
+        if name.endswith("qkv.bias"):  # attention ignores the keys' bias; its gradient is noise
             kind = np.arange(0, flat.size, stride) * 3 // flat.size
             ours, moved = ours[kind != 1], moved[kind != 1]
         np.testing.assert_allclose(ours, moved, atol=0.05 * lr, err_msg=name)
@@ -241,7 +241,7 @@ def test_evaluation_ignores_batch_size_and_padding(task):
         np.testing.assert_allclose(whole[name], summed[name], rtol=2e-4, err_msg=name)
 
 
-def test_content_keys_depend_on_each_example_alone():
+def test_content_keys_depend_only_on_each_example():
     keys = jax.random.key_data(content_keys(batch(8)))
     assert len(np.unique(np.asarray(keys), axis=0)) == 8
     some = {name: x[3:5] for name, x in batch(8).items()}
@@ -271,7 +271,7 @@ def test_invalid_settings_are_refused(change, says):
 
 
 @pytest.mark.parametrize("values", [[1, 2], np.array([1, 2]), lambda step: step + 1])
-def test_sampling_options_of_each_step_can_be_written_and_read(values):
+def test_sampling_options_by_step_survive_a_round_trip_through_json(values):
     options = MAROptions(guidance=values, temperature=values, steps=2)
     sampling = dataclasses.replace(TASK, sampling=options).sampling
     assert sampling == MAROptions(guidance=(1, 2), temperature=(1, 2), steps=2)
@@ -293,19 +293,19 @@ def test_matching_rows_of_other_sizes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [TASK, DISCRETE], ids=["masked", "codes"])
-def test_previews(task):
+def test_previews_show_samples_and_reconstructions(task):
     tokenizer, state = task.tokenizer, start(task)
     weights_ = frozen(tokenizer)
     images = jax.jit(task.preview)(state, weights_, batch())
     samples = np.asarray(images["samples"])
     assert samples.shape == (16, 8, 8, 1) and 0 <= samples.min() and samples.max() <= 1
-    if task is TASK:  # by the pipeline: the first ten classes, and again the first six
+    if task is TASK:  # as the pipeline samples ten classes, then the first six again
         model = MARPipeline(
             tokenizer, task.model, {"tokenizer": weights_, "mar": state.params}, FAST
         )
         labels = np.arange(16) % 10
         np.testing.assert_allclose(samples, model.sample(labels, seed=0), atol=2e-3)
-        # So that this is a comparison of labels and of seeds.
+        # The comparison must notice other labels and other seeds.
         for others in (model.sample(labels[::-1], seed=0), model.sample(labels, seed=1)):
             assert np.abs(others - samples).max() > 0.02
     rebuilt = jax.jit(
