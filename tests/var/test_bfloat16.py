@@ -1,4 +1,4 @@
-"""bfloat16 beside float32, on the golden model; each bound is three times what was measured."""
+"""VAR in bfloat16 against float32. Each bound is three times the measured error."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def in_both(function):
     return [jax.device_get(jax.jit(lambda c=c: function(c))()) for c in BOTH]
 
 
-def test_logits_scale_by_scale(params, tokens_BL):
+def test_bfloat16_logits_are_close(params, tokens_BL):
     quantizer = bound_quantizer(TOKENIZER, params["tokenizer"])
     input_BlZ = quantizer.teacher_forcing_input(quantizer.accumulated_scales(tokens_BL))
 
@@ -59,7 +59,7 @@ def test_logits_scale_by_scale(params, tokens_BL):
     assert 0 < error < 0.0105, error
 
 
-def test_tokens_and_images(params):
+def test_bfloat16_tokens_and_images_are_close(params):
     options, key_B = VAROptions(guidance=2.5, top_k=20, top_p=0.9), image_keys(0, jnp.arange(16))
 
     def sampled(compute):
@@ -67,7 +67,7 @@ def test_tokens_and_images(params):
         return sample_tokens(models, params, LABEL_B, key_B, options)
 
     (exact, f_hats), (half, _) = in_both(sampled)
-    # From the first token that differs on, everything may: what counts is how many keep to it.
+    # After a first different token, all others may differ, so only their fraction is bounded.
     same_L = (exact == half).mean(axis=0)
     assert 1 - same_L.mean() < 0.06, same_L
     a, b = in_both(
@@ -76,7 +76,7 @@ def test_tokens_and_images(params):
     assert 0 < np.abs(a - b).max() < 0.4 and np.abs(a - b).mean() < 0.033
 
 
-def test_a_training_step(params, tokens_BL):
+def test_a_bfloat16_training_step_is_close(params, tokens_BL):
     def step(compute):
         task = VARTask(CONFIG, TOKENIZER, "none", AdamW(), compute=compute)
         state = dataclasses.replace(task.init(jax.random.key(0)), params=params["var"])
@@ -94,7 +94,7 @@ def test_a_training_step(params, tokens_BL):
     for path, grad in trees.paths(grads).items():
         assert grad.dtype == half_grads[path].dtype == np.float32
         error = np.linalg.norm(half_grads[path] - grad) / np.linalg.norm(grad)
-        # A bias's gradient is a sum over tokens that nearly cancel.
+        # The gradient of a bias is a sum over tokens that nearly cancels.
         assert 0 < error < (0.12 if path.endswith("bias") else 0.035), (path, error)
     for path, change in trees.paths(moved).items():
         same = np.mean(np.sign(half_moved[path]) == np.sign(change))  # of Adam's first step

@@ -1,4 +1,4 @@
-"""Condition contrastive alignment: its loss, its step, and a run that it fine-tunes."""
+"""Condition contrastive alignment: its loss, its training step, and a fine-tuned run."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ BATCH = Digits().make(8, seed=0).train_batch(0)
 
 
 def numpy_loss(own_B, other_B, dropped_B, equal_B, config):
-    """The authors' loss and its derivatives with respect to both log-ratios, step by step."""
+    """Computes the authors' loss and its derivatives with respect to both log-ratios."""
 
     def log_sigmoid(x):
         return -np.logaddexp(0, -x)
@@ -67,7 +67,7 @@ def test_the_loss_and_its_gradient_match_numpy(negative_weight):
     np.testing.assert_allclose(slope_B2, np.stack([own_B, other_B], 1), rtol=1e-4, atol=1e-9)
 
 
-def test_settings_that_make_no_sense_are_refused():
+def test_invalid_settings_are_refused():
     for field, value in (("negative_weight", 0.0), ("beta", -1.0)):
         with pytest.raises(InputError, match=f"{field}={value}: must be above 0"):
             dataclasses.replace(CCA, **{field: value})
@@ -84,7 +84,7 @@ def test_the_frozen_copy_is_sharded_like_the_trained_weights():
 
 
 def drawn(seed):
-    """Parameters with logits of order 1, so that the log-ratios of two draws are, too."""
+    """Draws parameters with logits of order 1, so that log-ratios of two draws are, too."""
     return jax.tree.map(lambda x: 8 * x, runs.VAR.init(jax.random.key(seed)))
 
 
@@ -99,8 +99,8 @@ def state():
 
 
 @pytest.mark.slow
-def test_the_task_s_gradient_is_the_loss_s_times_that_of_log_probabilities(frozen, state):
-    """The log-probabilities come from the network itself, one label at a time."""
+def test_the_gradient_of_the_task_follows_the_chain_rule(frozen, state):
+    """Computes the log-probabilities with the network itself, one label at a time."""
     label_B = np.array([3, 3, 5, 7], np.int32)
     other_B = np.array([3, 5, 7, 10], np.int32)
     batch = {"image_BHWC": BATCH["image_BHWC"][:4], "label_B": label_B, "other_label_B": other_B}
@@ -129,7 +129,7 @@ def test_the_task_s_gradient_is_the_loss_s_times_that_of_log_probabilities(froze
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_labels_are_the_next_image_s_and_both_or_none_are_dropped():
+def test_other_labels_come_from_the_next_image_and_are_dropped_together():
     task = dataclasses.replace(TASK, class_dropout=0.5)
     drawn = task.with_draws(BATCH, jax.random.key(0))
     label_B, next_B = BATCH["label_B"], np.roll(BATCH["label_B"], -1)
@@ -140,7 +140,7 @@ def test_labels_are_the_next_image_s_and_both_or_none_are_dropped():
 
 
 @pytest.mark.slow
-def test_a_step_does_not_depend_on_microbatches_and_drops_paths_of_both_models(frozen, state):
+def test_accumulation_changes_only_rounding_and_drop_path_affects_both_models(frozen, state):
     frozen = frozen | {"reference": state.params}
     after = []
     for accumulate in (1, 2):
@@ -150,11 +150,11 @@ def test_a_step_does_not_depend_on_microbatches_and_drops_paths_of_both_models(f
     chex.assert_trees_all_close(after[0][0].params, after[1][0].params, atol=1e-6)
     for name, value in after[0][1].items():
         np.testing.assert_allclose(after[1][1][name], value, rtol=1e-3, atol=1e-5, err_msg=name)
-    assert abs(after[0][1]["cca/log_ratio"]) > 1e-3  # equal weights, but other paths
+    assert abs(after[0][1]["cca/log_ratio"]) > 1e-3  # equal weights, but different dropped paths
 
 
 @pytest.mark.slow
-def test_another_model_is_no_reference():
+def test_a_reference_of_another_config_is_refused():
     start = str(runs.var())
     chex.assert_trees_all_equal(read_reference_params(start, runs.VAR), read_model(start)[2])
     with pytest.raises(InputError, match="another model .*\n  heads: 2 in the run, 4 in the co"):
@@ -164,7 +164,7 @@ def test_another_model_is_no_reference():
 
 
 @pytest.mark.slow
-def test_a_fine_tuned_run_continues_without_its_start_and_is_a_run_of_var(tmp_path):
+def test_a_fine_tuned_run_resumes_without_its_start_and_loads_as_var(tmp_path):
     def train(name, start):
         cca = dataclasses.replace(CCA, reference=start)
         task = dataclasses.replace(TASK, cca=cca, tokenizer_weights=start)

@@ -1,4 +1,4 @@
-"""VAR's two streams of guidance: where the second one is computed, and who may take its place."""
+"""VAR's guidance: the scales that it is limited to, custom rules, and guides."""
 
 import dataclasses
 import functools
@@ -33,14 +33,14 @@ LABEL_B = np.array([3, 1], np.int32)
 
 @functools.cache
 def params():
-    """As if trained: nothing is 0, and the logits depend on the class."""
+    """Draws parameters as if trained: none is 0, and the logits depend on the class."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(VAR.init, jax.random.key(0))
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), shapes)
 
 
 def logits_of(network):
-    """The logits of all scales, each scale's likeliest tokens being chosen."""
+    """Returns the logits of all scales if each scale's likeliest tokens are chosen."""
     found = []
 
     def choose(logits_BlV, k):
@@ -53,7 +53,7 @@ def logits_of(network):
 
 
 @pytest.mark.slow
-def test_a_stream_that_is_not_computed_changes_nothing():
+def test_skipping_the_second_stream_where_guidance_is_off_changes_nothing():
     network = functools.partial(bind_network, VAR)
 
     @jax.jit
@@ -74,7 +74,7 @@ def test_a_stream_that_is_not_computed_changes_nothing():
     on = run(params(), jnp.array([1.0, 3.0, 2.0]))
     off_at_the_end = run(params(), jnp.array([1.0, 3.0, 1.0]))
     for found in (on, off_at_the_end):
-        # "no class" as a model of its own, with its own cache, guides as the second stream does.
+        # A separate "no class" model with its own cache guides like the second stream.
         np.testing.assert_allclose(found["models"], found["all"], atol=1e-5)
         np.testing.assert_allclose(found["two of models"], found["two"], atol=1e-5)
         np.testing.assert_allclose(found["none"], found["alone"], atol=1e-6)
@@ -94,7 +94,7 @@ def test_a_stream_that_is_not_computed_changes_nothing():
     assert work[0] < 0.6 * work[3] and work[2] < 0.75 * work[3]
 
 
-def test_a_rule_of_one_s_own_draws_as_the_built_in_one():
+def test_a_custom_rule_can_reproduce_the_built_in_one():
     options = VAROptions(top_k=5, top_p=0.9).check()
     logits_BlV = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 32)) * 3, jnp.float32)
     key_B = image_keys(0, jnp.arange(2))
@@ -114,7 +114,7 @@ def test_a_rule_of_one_s_own_draws_as_the_built_in_one():
         )
 
 
-def test_a_number_for_each_scale_is_used_at_its_scale():
+def test_options_by_scale_apply_at_their_scale():
     logits_BlV = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 32)), jnp.float32)
     key_B = image_keys(0, jnp.arange(2))
 
@@ -139,7 +139,7 @@ def pipeline(config=VAR, tokenizer_seed=0, **changes):
     return VARPipeline(tokenizer, config, {"tokenizer": weights, "var": params()}, VAROptions())
 
 
-def test_a_guide_of_another_kind_is_refused():
+def test_incompatible_guides_are_refused():
     model, other = pipeline(), dataclasses.replace(VAR, classes=9)
     for guide, message in (
         (pipeline(other), "classes: guide 9, model 10"),
@@ -152,12 +152,12 @@ def test_a_guide_of_another_kind_is_refused():
 
 
 @pytest.mark.parametrize("role", ["guide", "refiner"])
-def test_a_companion_whose_labels_mean_other_classes_is_refused(role):
+def test_guides_and_refiners_with_other_class_names_are_refused(role):
     model, other = pipeline(), pipeline()
     refine = functools.partial(model.with_refiner, draft_scales=1)
     join = model.with_guide if role == "guide" else refine
     model.labels = known_class_names(["cat", "dog", *"cdefghij"])
-    join(other)  # whose classes have no names
+    join(other)  # its classes have no names
     other.labels = known_class_names(["dog", "cat", *"cdefghij"])
     with pytest.raises(InputError, match=f"label 0 is 'dog' for the {role}, but 'cat' for this"):
         join(other)
@@ -165,7 +165,7 @@ def test_a_companion_whose_labels_mean_other_classes_is_refused(role):
     join(other)
 
 
-def test_a_guided_model_is_another_model_and_needs_more_memory():
+def test_a_guided_model_has_another_identity_and_needs_more_memory():
     model = pipeline()
     guided = model.with_guide(model)
     assert guided.identity() != model.identity() and guided.guide == VAR
@@ -191,7 +191,7 @@ def test_settings_that_change_no_weight_are_part_of_the_identity():
     assert pipeline().identity() == model.identity()
 
 
-def test_the_cache_of_a_stream_that_ends_is_not_counted_at_the_end():
+def test_memory_estimate_drops_the_cache_of_a_stream_that_ends():
     var = VARConfig.preset("d16")
     tokenizer = dataclasses.replace(runs.TOKENIZER, scales=var.scales)
     models = VARModels(tokenizer, var, COMPUTE)
@@ -201,9 +201,9 @@ def test_the_cache_of_a_stream_that_ends_is_not_counted_at_the_end():
     assert needed[-1] < with_guide < needed[0]
 
 
-def test_only_the_joined_model_takes_memory_of_devices_and_only_once_it_draws():
+def test_only_the_joined_model_uses_device_memory_and_only_when_it_draws():
     parts = pipeline(), pipeline()
-    before = jax.live_arrays()  # kept, so that no other array has the id of one of these
+    before = jax.live_arrays()  # kept alive, so that new arrays cannot reuse their ids
     known = {id(array) for array in before}
 
     def new_bytes():

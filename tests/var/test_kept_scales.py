@@ -21,16 +21,16 @@ def test_at_least_one_scale_is_kept_and_one_is_drawn(keep_scales):
         keep_first_scales(Pyramid((4,)), 1)
 
 
-def test_the_scales_that_a_small_image_fills():
+def test_how_many_scales_a_small_image_fills():
     pyramid = Pyramid(SCALES_256)
     sizes = [scales_of_size((side, side), (256, 256, 3), pyramid) for side in (8, 32, 64, 128, 255)]
     assert sizes == [1, 4, 7, 9, 9]
     assert scales_of_size((64, 64), (512, 512, 3), Pyramid(SCALES_512)) == 5
-    assert scales_of_size((4, 4), (8, 8, 1), PYRAMID) == 2  # one is drawn
+    assert scales_of_size((4, 4), (8, 8, 1), PYRAMID) == 2  # at least one is drawn
 
 
 @pytest.mark.parametrize("size", [(256, 256), (64, 32), (0, 0), (64,), ()])
-def test_an_image_that_is_not_smaller_or_of_another_ratio_is_refused(size):
+def test_images_to_upscale_must_be_smaller_and_have_the_same_ratio(size):
     with pytest.raises(InputError, match="upscaling takes .*h below 256 and the same ratio"):
         scales_of_size(size, (256, 256, 3), Pyramid(SCALES_256))
 
@@ -40,6 +40,6 @@ def test_an_image_smaller_than_the_first_scale_is_refused():
         scales_of_size((7, 7), (256, 256, 3), Pyramid(SCALES_256))
 
 
-def test_levels_are_those_of_the_pyramid():
+def test_kept_tokens_match_the_levels_of_the_pyramid():
     for kept in (1, 2):
         assert np.array_equal(keep_first_scales(PYRAMID, kept), PYRAMID.level_L < kept)

@@ -26,7 +26,7 @@ SMALL = VARConfig(depth=2, width=16, heads=2, classes=3, scales=(1, 2, 3), vocab
 
 @functools.cache
 def small_params(config=SMALL):
-    """Weights so large that everything matters: at initialization the blocks do nearly nothing."""
+    """Draws weights so large that every block matters, unlike at initialization."""
     return {"params": random_params(config.init, std=0.3)}
 
 
@@ -34,7 +34,7 @@ INPUT_BlZ = np.random.default_rng(2).normal(size=(2, 13, 4)).astype(np.float32)
 LABEL_B = np.array([2, 0])
 
 
-def test_a_large_model_is_described_without_its_mask_and_its_weights():
+def test_shapes_of_a_large_model_need_neither_its_mask_nor_its_weights():
     wide = dataclasses.replace(SMALL, width=2**18, heads=2, scales=(1, 255))
     shapes = jax.eval_shape(wide.init, jax.random.key(0))
     assert shapes["pos_embed"].shape == (1 + 255**2, 2**18)
@@ -42,7 +42,7 @@ def test_a_large_model_is_described_without_its_mask_and_its_weights():
 
 
 @pytest.mark.parametrize("name", golden.CASES)
-def test_teacher_forced_logits_are_the_reference_s(name):
+def test_teacher_forced_logits_match_reference(name):
     _, config = golden.configs(name)
     expected = golden.outputs(name)
     logits_BLV = jax.jit(VAR(config).apply)(
@@ -52,26 +52,26 @@ def test_teacher_forced_logits_are_the_reference_s(name):
 
 
 def official_arrays(config, params):
-    """(name, array) of every tensor by its official name."""
+    """Returns (official name, array) of every tensor."""
     return [(name, np.asarray(tensor)) for name, tensor in to_official(config, params).items()]
 
 
 def golden_task(name, **changes) -> VARTask:
     tokenizer, config = golden.configs(name)
-    # Peak 1e-3 for a batch of 256 and no schedule: what the golden step was taken with.
+    # The golden step used a learning rate of 1e-3 for a batch of 256, and no schedule.
     optimizer = AdamW(base_lr=1e-3, clip=0.5, schedule="constant", warmup=0.0)
     task = VARTask(config, tokenizer, "", optimizer, class_dropout=0.0)
     return dataclasses.replace(task, **changes)
 
 
 def golden_batch(name):
-    # The task reads uint8 images; these stand for it with the golden tokens.
+    # The images are not read, because `_feed_golden_tokens` replaces the encoder.
     return {"image_BHWC": None, "label_B": golden.outputs(name)["label"].astype(np.int32)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "shared_aln", "no_qk_norm", "phi_per_scale"])
-def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
+def test_loss_gradients_and_one_step_match_reference(name, monkeypatch):
     expected = golden.outputs(name)
     task = golden_task(name)
     _feed_golden_tokens(monkeypatch, expected)
@@ -109,7 +109,7 @@ def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_label_smoothing_is_pytorch_s(monkeypatch):
+def test_label_smoothing_matches_pytorch(monkeypatch):
     expected = golden.outputs("base")
     _feed_golden_tokens(monkeypatch, expected)
     task = golden_task("base", label_smoothing=0.1)
@@ -126,7 +126,7 @@ def _feed_golden_tokens(monkeypatch, expected):
 
 
 @pytest.mark.slow
-def test_weight_decay_falls_where_the_reference_has_it():
+def test_weight_decay_applies_where_the_reference_applies_it():
     case = weights.case("base")
     task = golden_task("base")
     params = golden.var_params("base")
@@ -139,12 +139,12 @@ def test_weight_decay_falls_where_the_reference_has_it():
 
 
 @pytest.mark.slow
-def test_initialization_has_the_reference_s_spread():
+def test_initialization_matches_statistics_of_the_reference():
     expected = json.loads((weights.HERE / "init_d16.json").read_text())
     config = VARConfig.preset("d16")
     abstract = jax.eval_shape(config.init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == 310_283_520
-    # 310 million draws: here running takes longer than compiling, so with XLA's usual effort.
+    # Drawing 310 million numbers takes longer than compiling, so XLA optimizes as usual.
     optimized = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
     params = jax.jit(config.init, compiler_options=optimized)(jax.random.key(0))
     rows = {}
@@ -170,7 +170,7 @@ def gradient_of_chosen_logits(input_BlZ, chosen_L):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", range(3))
-def test_later_scales_do_not_reach_earlier_logits(k):
+def test_later_scales_do_not_affect_earlier_logits(k):
     tokens, chosen_L = SMALL.pyramid.slices[k], np.zeros(SMALL.pyramid.length, np.float32)
     chosen_L[tokens] = 1
     grad_BlZ = np.asarray(gradient_of_chosen_logits(INPUT_BlZ, chosen_L))
@@ -182,7 +182,7 @@ def test_later_scales_do_not_reach_earlier_logits(k):
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("cosine", [False, True])
-def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
+def test_cached_logits_by_scale_match_teacher_forcing(shared, cosine):
     config = dataclasses.replace(SMALL, shared_adaln=shared, cosine_attention=cosine)
 
     @jax.jit
@@ -206,10 +206,10 @@ def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
         ({"unroll": True}, "unroll=2"),
         ({"remat": "block"}, "remat"),
         ({"remat": "dots"}, "remat"),
-        ({"attention_impl": "loop"}, "scan["),  # beside the loop over layers one over images
+        ({"attention_impl": "loop"}, "scan["),  # a second loop, over images
     ],
 )
-def test_ways_to_compute_give_the_same_logits_and_gradients(way, trace):
+def test_compute_settings_do_not_change_loss_and_gradients(way, trace):
     plain = ComputeConfig(attention_impl="xla")
     (before, expected), (after, found) = (
         traced_and_computed(compute) for compute in (plain, dataclasses.replace(plain, **way))
@@ -221,7 +221,7 @@ def test_ways_to_compute_give_the_same_logits_and_gradients(way, trace):
 
 @functools.cache
 def traced_and_computed(compute):
-    """The trace of a loss with its gradients, as text, and their values."""
+    """Returns the trace of a loss and its gradients as text, and their values."""
     branch_scale_S2B = drop_path(jax.random.key(3), SMALL.depth, 2, 0.5)
 
     def total(params):
@@ -242,7 +242,7 @@ def test_bfloat16_stays_close_and_gives_float32_logits():
     assert 0 < np.max(np.abs(found - expected)) < 0.1 * np.std(expected)
 
 
-def test_drop_path_scales_what_it_keeps_and_spares_the_first_layer():
+def test_drop_path_rescales_kept_branches_and_never_drops_the_first_layer():
     branch_scale_S2B = drop_path(jax.random.key(0), 3, 4000, 0.4)
     np.testing.assert_array_equal(branch_scale_S2B[0], 1)
     np.testing.assert_allclose(np.unique(branch_scale_S2B[2]), [0, 1 / 0.6], rtol=1e-6)
@@ -251,21 +251,21 @@ def test_drop_path_scales_what_it_keeps_and_spares_the_first_layer():
 
 
 @pytest.mark.slow
-def test_a_dropped_branch_leaves_its_images_alone():
+def test_dropping_branches_affects_only_their_image():
     logits = jax.jit(VAR(SMALL).apply)
     branch_scale_S2B = np.ones((2, 2, 2), np.float32)
     branch_scale_S2B[:, :, 0] = 0
     dropped, kept = logits(small_params(), INPUT_BlZ, LABEL_B, branch_scale_S2B)
     _, full = logits(small_params(), INPUT_BlZ, LABEL_B)
     np.testing.assert_allclose(kept, full, atol=1e-5)
-    # With all branches gone the blocks are the identity: no token sees another.
+    # With all branches dropped, the blocks are the identity, so no token affects another.
     moved_BlZ = INPUT_BlZ.copy()
     moved_BlZ[:, 0] += 1
     other, _ = logits(small_params(), moved_BlZ, LABEL_B, branch_scale_S2B)
     np.testing.assert_array_equal(other[2:], dropped[2:])
 
 
-def test_wrong_sizes_are_refused():
+def test_invalid_sizes_are_refused():
     with pytest.raises(ValueError, match="width=15 is not a multiple of heads=2"):
         dataclasses.replace(SMALL, width=15)
     with pytest.raises(ValueError, match="d16, d20, d24, d30, d36"):

@@ -1,4 +1,4 @@
-"""Networks that draw an image together: collaborative decoding (CoDe)."""
+"""Collaborative decoding (CoDe), in which two networks draw an image together."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def params(name="base"):
 
 
 @pytest.mark.slow
-def test_greedy_collaborative_decoding_is_its_authors_s():
+def test_greedy_collaborative_decoding_matches_reference():
     tokenizer, drafter = golden.configs("ten_scales")
     sizes = {"depth": CASE["depth"], "width": CASE["embed_dim"], "heads": CASE["num_heads"]}
     small = dataclasses.replace(drafter, **sizes)
@@ -72,8 +72,8 @@ def draw(network, quantizer):
 
 
 @pytest.mark.slow
-def test_a_model_that_is_its_own_refiner_draws_as_it_would_alone():
-    # Guidance ends before, with, and after the scales that are drafted.
+def test_a_model_that_is_its_own_refiner_draws_as_it_does_alone():
+    # Guidance ends after, together with, and before the drafted scales.
     scale_K, guided = [1.0, 2.0, 1.0, 1.0], 2
 
     def bound(params, guided, scales=None):
@@ -97,7 +97,7 @@ def test_a_model_that_is_its_own_refiner_draws_as_it_would_alone():
 
 
 @pytest.mark.slow
-def test_the_caches_hold_what_is_needed_and_the_first_pass_fills_the_refiner_s():
+def test_the_first_pass_of_the_refiner_fills_its_cache():
     rng = np.random.default_rng(0)
     inputs = [rng.normal(size=(2, n, VAR.code_channels)) for n in VAR.pyramid.lengths[1:3]]
     inputs = [jnp.asarray(x, jnp.float32) for x in inputs]
@@ -122,14 +122,14 @@ def test_the_caches_hold_what_is_needed_and_the_first_pass_fills_the_refiner_s()
     for name in ("keys_SBLC", "values_SBLC"):
         found = getattr(filled, name)[:, :, :stop]
         np.testing.assert_allclose(found, getattr(cache, name), atol=1e-5)
-    # The drafter's cache has room for its own scales, and what it hands over is inputs alone.
+    # The drafter's cache has room for its own scales only, and it hands over only inputs.
     assert draft_cache.keys_SBLC.shape[2] == VAR.pyramid.slices[1].stop
     np.testing.assert_array_equal(drafted[0], inputs[0])
     np.testing.assert_array_equal(handed[0], filled_BlV)
     assert handed[1].keys_SBLC.shape[2] == VAR.pyramid.length
 
 
-def test_networks_are_called_at_their_scales_with_the_global_number():
+def test_each_network_is_called_only_at_its_own_scales():
     calls = []
 
     def network(name):
@@ -160,7 +160,7 @@ def test_a_refiner_needs_less_memory_than_the_model_alone():
         for refiner in (None, *(Refiner(small, scales) for scales in (9, 8, 6)))
     )
     assert sorted(refined, reverse=True) == refined and refined[0] < alone
-    # The last scales are the refiner's, so nothing is below what it needs for itself.
+    # The refiner draws the last scales, so both need at least what it needs alone.
     assert refined[-1] >= var_sampling_bytes(VARModels(tokenizer, small, EXACT), 64)
 
 
@@ -169,7 +169,7 @@ def model(name="base"):
     return VARPipeline(*golden.configs(name), params(name))
 
 
-def test_refiners_that_do_not_fit_are_refused_before_anything_is_compiled():
+def test_incompatible_refiners_are_refused_before_compilation():
     other_classes = dataclasses.replace(VAR, classes=3)
     other_scales = dataclasses.replace(VAR, scales=(1, 2, 4))
     other_codes = jax.tree.map(lambda x: x + 1, params()["tokenizer"])
@@ -200,7 +200,7 @@ def test_refiners_that_do_not_fit_are_refused_before_anything_is_compiled():
 
 
 @pytest.mark.slow
-def test_a_loaded_model_edits_with_a_refiner_and_says_so():
+def test_a_loaded_model_edits_with_a_refiner_and_identifies_it():
     alone = varjax.load(runs.var())
     joined = alone.with_refiner(str(runs.var()), draft_scales=2)
     assert joined.refiner == Refiner(runs.VAR, 2)

@@ -18,27 +18,27 @@ def model():
     return varjax.load(str(runs.var()))
 
 
-def test_a_run_brings_its_configs_weights_and_options(model):
+def test_loading_a_run_gives_its_configs_weights_and_options(model):
     assert model.var == runs.VAR and model.tokenizer == runs.TOKENIZER
     assert model.sampling == varjax.VAROptions(guidance=1.5, top_k=7)
     assert model.config == {"tokenizer": runs.TOKENIZER, "var": runs.VAR}
     assert model.params.keys() == {"tokenizer", "var"}
 
 
-def test_uint8_and_float_images_are_the_same(model):
+def test_uint8_and_float_images_give_the_same_tokens(model):
     tokens_BL = model.encode(IMAGES)
     assert tokens_BL.shape == (3, 21) and tokens_BL.dtype == np.int32
     assert np.array_equal(model.encode(IMAGES / np.float32(255)), tokens_BL)
 
 
-def test_the_last_of_every_scale_is_the_decoded_image(model):
+def test_decoding_every_scale_ends_with_the_image(model):
     tokens_BL = model.encode(IMAGES)
     every = model.decode(tokens_BL, every_scale=True)
     assert every.shape == (3, 3, 8, 8, 1)
     np.testing.assert_allclose(every[-1], model.decode(tokens_BL), atol=1e-6)
 
 
-def test_logits_of_coarse_scales_do_not_know_fine_tokens(model):
+def test_logits_of_coarse_scales_do_not_depend_on_fine_tokens(model):
     tokens_BL = np.array(model.encode(IMAGES))
     before = model.logits(tokens_BL, [1, 2, 3])
     tokens_BL[:, 5:] = (tokens_BL[:, 5:] + 1) % 16
@@ -49,7 +49,7 @@ def test_logits_of_coarse_scales_do_not_know_fine_tokens(model):
     assert not np.array_equal(model.logits(tokens_BL, [1, 2, 3])[:, 5:], before[:, 5:])
 
 
-def test_samples_follow_seed_and_index(model):
+def test_samples_depend_on_seed_and_index(model):
     images = model.sample([1, 2, 3], seed=5)
     assert images.shape == (3, 8, 8, 1) and 0 <= images.min() and images.max() <= 1
     again = model.sample([3], seed=5, index=[2])
@@ -74,11 +74,11 @@ def test_edits_change_only_what_is_not_kept(model):
     np.testing.assert_allclose(
         model.edit(IMAGES, ~keep), model.decode(model.encode(IMAGES)), atol=1e-5
     )
-    # Nothing kept but the single token of the first scale.
+    # Only the single token of the first scale is kept.
     assert not np.allclose(model.edit(IMAGES, keep), model.edit(IMAGES, ~keep))
 
 
-def test_one_image_and_several_numbers_are_variations(model):
+def test_one_image_with_several_indices_gives_variations(model):
     keep = np.zeros((4, 4), bool)
     varied = model.edit(IMAGES[:1], keep, index=[0, 1, 7])
     assert varied.shape == (3, 8, 8, 1) and not np.allclose(varied[0], varied[1])
@@ -86,13 +86,13 @@ def test_one_image_and_several_numbers_are_variations(model):
     np.testing.assert_allclose(again[1], varied[2], atol=1e-5)
 
 
-def test_dtype_and_devices_are_arguments_of_load(model):
+def test_load_accepts_dtype_and_devices(model):
     half = varjax.load(runs.var(), dtype="bfloat16", devices=model.devices[:1])
     assert half.compute == varjax.ComputeConfig("bfloat16") and half.devices == model.devices[:1]
     tokens_BL = model.encode(IMAGES)
     a, b = (np.asarray(m.logits(tokens_BL, [1, 2, 3])) for m in (model, half))
     assert 0 < np.abs(a - b).max() < 0.1
-    np.testing.assert_array_equal(half.encode(IMAGES), tokens_BL)  # tokens are float32's always
+    np.testing.assert_array_equal(half.encode(IMAGES), tokens_BL)  # always in float32
     a, b = (np.asarray(m.decode(tokens_BL)) for m in (model, half))
     assert 0 < np.abs(a - b).max() < 0.1 and b.dtype == np.float32
     for arguments, message in (
@@ -131,7 +131,7 @@ def test_dtype_and_devices_are_arguments_of_load(model):
         (lambda m: m.decode(np.zeros((1, 21))), "tokens are float64; give integers"),
     ],
 )
-def test_bad_input_says_what_is_allowed(model, call, message):
+def test_errors_for_bad_input_say_what_is_allowed(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
 
@@ -140,7 +140,7 @@ def test_variations_keep_the_first_scales_and_draw_the_others(model):
     options = {"top_k": 0, "guidance": 1.0}
     varied = model.vary(IMAGES[:1], 2, seed=1, index=range(3), **options)
     assert varied.shape == (3, 8, 8, 1) and not np.allclose(varied[0], varied[1])
-    # A rule that draws the last code where the image has another one: what is kept stays.
+    # This rule always draws the last code, so all other codes are kept ones.
     last = lambda logits_BlV, k, keys: jnp.full(logits_BlV.shape[:2], 15)  # noqa: E731
     token_BL = np.array(model.encode(IMAGES[:1]))
     token_BL[:, 5:] = 15
@@ -171,7 +171,7 @@ def test_upscaling_keeps_the_scales_that_the_small_image_fills(model):
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-def test_the_last_of_every_step_is_the_sample(model, smooth):
+def test_the_last_step_is_the_sample(model, smooth):
     steps = model.sample([1, 2, 3], seed=5, smooth=smooth, every_step=True)
     assert steps.shape == (3, 3, 8, 8, 1)
     images = model.sample([1, 2, 3], seed=5, smooth=smooth)
@@ -179,7 +179,7 @@ def test_the_last_of_every_step_is_the_sample(model, smooth):
     assert not np.allclose(steps[0], images)
 
 
-def test_a_listener_gets_every_scale_and_changes_no_bit(model):
+def test_a_step_listener_gets_every_scale_without_changing_samples(model):
     steps = []
     images = model.sample([1, 2, 3], 5, every_step=lambda *step: steps.append(step))
     assert np.array_equal(images, model.sample([1, 2, 3], 5))
@@ -191,7 +191,7 @@ def test_a_listener_gets_every_scale_and_changes_no_bit(model):
     assert model._compiled_sender(3, None).__wrapped__._cache_size() == 1
 
 
-def test_a_mix_of_one_class_is_that_class(model):
+def test_a_mix_of_one_class_equals_that_class(model):
     images = model.sample([3, 1], seed=5)
     np.testing.assert_allclose(model.sample(["3:2", {1: 0.1}], seed=5), images, atol=1e-5)
     token_BL = model.encode(IMAGES[:1])

@@ -51,14 +51,14 @@ def params(name):
 
 @functools.cache
 def sampler(name):
-    """(label_B, key_B, options, known) -> tokens and accumulated features, compiled once a case."""
+    """Returns a compiled function (label_B, key_B, options, known) -> (tokens, features)."""
     run = jax.jit(functools.partial(sample_tokens, VARModels(*golden.configs(name))))
     return functools.partial(run, params(name))
 
 
 @functools.cache
 def decoder(name):
-    """Features -> images as the golden files hold them."""
+    """Returns a function that decodes features into images in the golden files' layout."""
     tokenizer, _ = golden.configs(name)
     params = golden.tokenizer_params(name)
     decode = jax.jit(functools.partial(decode_features, tokenizer))
@@ -67,7 +67,7 @@ def decoder(name):
 
 @functools.cache
 def teacher_forced(name):
-    """(tokens_BL, label_B, guidance) -> the guided logits of all scales, without a cache."""
+    """Returns a function (tokens_BL, label_B, guidance) -> guided logits, without a cache."""
     tokenizer, var = golden.configs(name)
 
     @jax.jit
@@ -90,17 +90,17 @@ def teacher_forced(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
-def test_greedy_generation_is_the_reference_s(name):
+def test_greedy_generation_matches_reference(name):
     expected, label_B = golden.outputs(name), golden.outputs(name)["label"].astype(np.int32)
     for cfg in ("0", "1.5", "4"):
-        guidance = float(cfg) + 1  # as the official code names it
+        guidance = float(cfg) + 1  # the official code subtracts 1
         options = GREEDY.replace(guidance=guidance)
         tokens_BL, f_hats = sampler(name)(label_B, image_keys(0, jnp.arange(2)), options)
         assert np.array_equal(tokens_BL, expected[f"generate.cfg{cfg}.tokens"])
         np.testing.assert_allclose(
             decoder(name)(f_hats[-1]), expected[f"generate.cfg{cfg}.image"], atol=2e-4
         )
-        # The guided logits by teacher forcing: so the cached ones agree with it as well.
+        # Teacher-forced logits match, too, so they agree with the cached ones.
         guided_BLV = teacher_forced(name)(tokens_BL, label_B, jnp.float32(guidance))
         np.testing.assert_allclose(guided_BLV, expected[f"generate.cfg{cfg}.logits"], atol=5e-4)
 
@@ -108,7 +108,7 @@ def test_greedy_generation_is_the_reference_s(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 @pytest.mark.parametrize("mode", ["inpaint", "outpaint"])
-def test_editing_is_the_reference_s_and_keeps_what_it_must(name, mode):
+def test_edits_match_reference_and_keep_known_tokens(name, mode):
     _, var = golden.configs(name)
     expected = golden.outputs(name)
     tokens_BL = expected["tokens"].astype(np.int32)
@@ -125,17 +125,17 @@ def test_editing_is_the_reference_s_and_keeps_what_it_must(name, mode):
 
 
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n.startswith("filter.k")])
-def test_filters_keep_what_the_reference_keeps(name):
+def test_filters_match_reference(name):
     top_k, top_p = name.removeprefix("filter.k").split(".p")
     kept_lV = filter_top_k_top_p(LOGITS_BlV, int(top_k), float(top_p))[0] > -jnp.inf
-    # Of equal logits the reference may drop some, whichever its sort puts first; here they stay.
+    # Of equal logits, the reference may drop some, depending on its sort; here they all stay.
     least_l1 = np.where(FUNCTIONS[name], LOGITS_BlV[0], np.inf).min(axis=-1, keepdims=True)
     assert np.array_equal(kept_lV, LOGITS_BlV[0] >= least_l1)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.7), (5, 0.0), (9, 0.85), (1, 0.5), (3, 1.0)])
 @pytest.mark.parametrize("values", [3, 12, 10**6])
-def test_filters_are_those_of_a_sort_whatever_is_equal(values, top_k, top_p):
+def test_filters_match_sorting_even_with_equal_logits(values, top_k, top_p):
     rng = np.random.default_rng(values)
     logits_lV = (rng.integers(-values, values, (40, 50)) / values * 6).astype(np.float32)
     kept_lV = filter_top_k_top_p(jnp.asarray(logits_lV)[None], top_k, top_p)[0] > -jnp.inf
@@ -144,17 +144,17 @@ def test_filters_are_those_of_a_sort_whatever_is_equal(values, top_k, top_p):
         p_V = np.where(logits_V >= kth, np.exp(logits_V), 0)
         p_V /= p_V.sum()
         below_V = np.array([p_V[logits_V < x].sum() for x in logits_V])
-        # A code goes where it and its equals, with all that is less likely, hold at most 1 - p.
+        # Top-p drops a code if it, its equals and all less likely codes add up to at most 1 - p.
         through_V = np.array([p_V[logits_V <= x].sum() for x in logits_V])
         expected_V = logits_V >= kth
         if top_p:
             expected_V &= (through_V > 1 - top_p) | (logits_V == logits_V.max())
-        clear_V = abs(through_V - (1 - top_p)) > 1e-6  # rounding decides where it is equal
+        clear_V = abs(through_V - (1 - top_p)) > 1e-6  # otherwise rounding decides
         assert np.array_equal(kept_V[clear_V], expected_V[clear_V]), (below_V, through_V)
 
 
 @pytest.mark.parametrize("k", [0, 4, 9])
-def test_smooth_weights_are_the_reference_s(k):
+def test_smooth_weights_match_reference(k):
     weights = gumbel_softmax_weights(LOGITS_BlV[0], jnp.asarray(FUNCTIONS["smooth.gumbel"]), k / 9)
     np.testing.assert_allclose(weights, FUNCTIONS[f"smooth.probs.si{k}"], atol=2e-6)
 
@@ -175,7 +175,7 @@ def test_draws_follow_the_filtered_distribution():
 
 
 def fake_network(label_B):
-    """Logits that depend on the label, the scale and every input, without parameters."""
+    """Returns a network without parameters; logits depend on label, scale and every input."""
     weights_ZV = np.random.default_rng(1).normal(size=(QUANTIZER.code_channels, QUANTIZER.vocab))
 
     def predict(input_BlZ, k, cache):
@@ -215,7 +215,7 @@ def test_each_scale_sees_the_sum_of_all_coarser_ones():
         )
 
 
-def test_known_tokens_are_kept_and_their_codes_added_whatever_is_chosen():
+def test_known_tokens_are_kept_and_their_codes_added():
     rng = np.random.default_rng(3)
     known_BL, keep_BL = rng.integers(0, QUANTIZER.vocab, (2, 21)), rng.random((2, 21)) < 0.5
 
@@ -233,7 +233,7 @@ def test_known_tokens_are_kept_and_their_codes_added_whatever_is_chosen():
 
 
 @pytest.mark.slow
-def test_an_image_depends_on_its_number_seed_and_label_alone():
+def test_an_image_depends_only_on_its_index_seed_and_label():
     options = VAROptions(top_k=20, top_p=0.9)
 
     @jax.jit
@@ -246,12 +246,12 @@ def test_an_image_depends_on_its_number_seed_and_label_alone():
     for i in range(4):
         alone = draw(label_B[i : i + 1], image_keys(7, jnp.array([i])))
         assert np.array_equal(alone[0], together[i])
-    assert not np.array_equal(together[1], together[3])  # the same label, another number
+    assert not np.array_equal(together[1], together[3])  # the same label, but another index
     assert not np.array_equal(draw(label_B, image_keys(8, jnp.arange(4))), together)
 
 
 @pytest.mark.slow
-def test_new_numbers_and_labels_do_not_compile_again():
+def test_new_seeds_labels_and_options_do_not_recompile():
     run, key_B = sampler("base"), image_keys(0, jnp.arange(1))
     first, _ = run(np.array([1], np.int32), key_B, VAROptions(guidance=2.5, top_k=5, top_p=0.5))
     compiled = run.func._cache_size()
@@ -261,7 +261,7 @@ def test_new_numbers_and_labels_do_not_compile_again():
 
 
 @pytest.mark.slow
-def test_without_guidance_one_stream_gives_what_guidance_of_1_gives():
+def test_one_stream_without_guidance_matches_guidance_of_1():
     tokenizer, var = golden.configs("base")
     options, compute = (
         VAROptions(guidance=1.0, top_k=20, top_p=0.9),
@@ -282,7 +282,7 @@ def test_without_guidance_one_stream_gives_what_guidance_of_1_gives():
 
 
 @pytest.mark.slow
-def test_smooth_features_are_mixed_and_known_tokens_are_not():
+def test_smooth_sampling_mixes_codes_except_those_of_known_tokens():
     options = VAROptions(smooth=True, top_k=0, top_p=0.0)
 
     @jax.jit
@@ -307,6 +307,6 @@ def test_options_out_of_range_are_refused(bad):
         dataclasses.replace(VAROptions(), **bad).check()
 
 
-def test_a_single_token_scale_is_always_kept_and_larger_ones_by_the_half():
+def test_edit_masks_always_keep_a_scale_of_a_single_token():
     keep_BL = keep_at_every_scale(Pyramid((1, 2, 4)), np.eye(4, dtype=bool)[None])
     assert keep_BL[0, 0] and not keep_BL[0, 2] and keep_BL[0, 5] and not keep_BL[0, 6]

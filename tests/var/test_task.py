@@ -26,7 +26,7 @@ BATCH = Digits().make(8, seed=0).train_batch(0)
 
 
 @pytest.mark.parametrize("guidance", [[1, 2, 3], np.array([1, 2, 3]), lambda k: k + 1])
-def test_sampling_options_of_each_scale_can_be_written_and_read(guidance):
+def test_sampling_options_by_scale_survive_a_round_trip_through_json(guidance):
     options = VAROptions(guidance=guidance, top_k=[9, 5, 1])
     sampling = dataclasses.replace(TASK, sampling=options).sampling
     assert sampling == VAROptions(guidance=(1, 2, 3), top_k=(9, 5, 1))
@@ -44,7 +44,7 @@ def state():
     return jax.jit(TASK.init)(jax.random.key(0))
 
 
-def test_evaluation_does_not_depend_on_the_batch_size_and_drops_no_class(frozen, state):
+def test_evaluation_does_not_depend_on_batch_size_and_drops_nothing(frozen, state):
     task = dataclasses.replace(TASK, class_dropout=1.0, drop_path=0.9)
     step, metrics = jax.jit(task.eval_step), []
     for size in (8, 5):
@@ -64,14 +64,14 @@ def test_evaluation_does_not_depend_on_the_batch_size_and_drops_no_class(frozen,
     np.testing.assert_allclose(metrics[0]["loss_last"], last_Bl.mean(), rtol=1e-5)
     perplexity_K = metrics[0]["perplexity_at_scale"]
     np.testing.assert_allclose(perplexity_K[-1], np.exp(last_Bl.mean()), rtol=1e-5)
-    # The codes of the last scale, by NumPy's own counting.
+    # Codes of the last scale, counted by NumPy.
     _, counts = np.unique(losses.tokens_BL[:, 5:], return_counts=True)
     p = counts / counts.sum()
     found = metrics[0]["code_perplexity_at_scale"][-1], metrics[0]["code_usage_at_scale"][-1]
     np.testing.assert_allclose(found, (np.exp(-np.sum(p * np.log(p))), len(p) / 16), rtol=1e-5)
 
 
-def test_class_dropout_replaces_labels_by_no_class_in_training(frozen, state):
+def test_class_dropout_replaces_labels_by_no_class(frozen, state):
     def loss(task, label_B):
         step = jax.jit(functools.partial(task.train_step, plan=Plan()))
         _, metrics = step(state, frozen, BATCH | {"label_B": label_B}, jax.random.key(0))
@@ -83,7 +83,7 @@ def test_class_dropout_replaces_labels_by_no_class_in_training(frozen, state):
     assert loss(never, BATCH["label_B"]) != loss(never, no_class_B)
 
 
-def test_the_first_loss_is_that_of_guessing(frozen, state):
+def test_the_initial_loss_is_that_of_uniform_guessing(frozen, state):
     loss_BL = TASK.token_losses(state.params, frozen, BATCH).cross_entropy_BL
     np.testing.assert_allclose(loss_BL.mean(), np.log(runs.VAR.vocab), atol=0.01)
 
@@ -99,7 +99,7 @@ def test_a_step_trains_everything_but_the_tokenizer(frozen, state):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, frozen))
 
 
-def test_another_tokenizer_than_the_config_s_is_refused():
+def test_weights_of_another_tokenizer_are_refused():
     other = dataclasses.replace(runs.TOKENIZER, width=16)
     task = dataclasses.replace(TASK, tokenizer=other, tokenizer_weights=str(runs.tokenizer()))
     with pytest.raises(ValueError, match="width: 8, expected 16"):
@@ -108,7 +108,7 @@ def test_another_tokenizer_than_the_config_s_is_refused():
         dataclasses.replace(TASK, tokenizer_weights="nowhere").frozen()
 
 
-def test_previews_are_samples_and_what_the_tokenizer_makes_of_images(frozen, state):
+def test_previews_show_samples_and_reconstructions(frozen, state):
     pictures = jax.jit(TASK.preview)(state, frozen, BATCH)
     images = pictures["samples"]
     assert images.shape == (16, 8, 8, 1) and 0 <= images.min() < images.max() <= 1
@@ -120,7 +120,7 @@ def test_previews_are_samples_and_what_the_tokenizer_makes_of_images(frozen, sta
     np.testing.assert_allclose(again_BHWC, (decoded_BHWC + 1) / 2, atol=1e-5)
 
 
-def test_data_and_batches_that_do_not_suit_are_refused():
+def test_data_that_does_not_fit_the_model_is_refused():
     task = dataclasses.replace(TASK, accumulate=3)
     task.check((8, 8, 1), 10)
     with pytest.raises(ValueError, match="data has 7 classes, but the model 10; set task.model.c"):
@@ -129,7 +129,7 @@ def test_data_and_batches_that_do_not_suit_are_refused():
         task.check((8, 9, 1), 10)
 
 
-def test_recomputation_is_no_work_of_the_model(frozen, state):
+def test_train_flops_do_not_count_recomputation(frozen, state):
     def flop(**changes):
         task = dataclasses.replace(TASK, compute=ComputeConfig(**changes))
         return flops.count(task.train_step, state, frozen, BATCH, jax.random.key(0), Plan())
@@ -144,7 +144,7 @@ def test_recomputation_is_no_work_of_the_model(frozen, state):
     assert again.train_flops(state, frozen, BATCH) == model
 
 
-def test_a_random_tokenizer_says_so(monkeypatch, capsys):
+def test_a_random_tokenizer_is_announced(monkeypatch, capsys):
     monkeypatch.setattr(VQConfig, "init", lambda config, key: {"x": jnp.ones(3)})
     assert dataclasses.replace(TASK, tokenizer_weights="random").frozen()["x"].shape == (3,)
     assert "tokenizer is RANDOM" in capsys.readouterr().err
