@@ -157,7 +157,7 @@ np.savez(sys.argv[1], **jax.device_get(found))
 
 
 @pytest.mark.slow
-def test_a_sharded_step_equals_the_single_device_one(tmp_path):
+def test_a_sharded_step_equals_a_step_on_one_device(tmp_path):
     command = [sys.executable, "-c", EIGHT_DEVICES, str(tmp_path / "sharded.npz")]
     forked.run(command, check=True, timeout=300, cwd=ROOT)
     expected = trees.paths(after(TASK))
