@@ -219,7 +219,7 @@ def test_initial_usage_is_not_weakly_typed():
     ("field", "value"),
     [("restart_every", -1), ("scale_dropout", 1.5), ("scales_kept", 0), ("entropy", -0.1)],
 )
-def test_what_makes_no_sense_is_refused(field, value):
+def test_invalid_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=f"codebook.{field}={value}: must be"):
         CodebookConfig(**{field: value})
 
