@@ -26,7 +26,7 @@ IMAGE_HWC = Digits().source("held_out").images_NHWC[3]
 
 @pytest.fixture
 def photo(tmp_path):
-    """A picture of another size and aspect, as people have them."""
+    """Writes a photo whose size and aspect ratio are not the model's."""
     picture = Image.fromarray(IMAGE_HWC[..., 0]).resize((48, 40)).convert("RGB")
     picture.save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
@@ -39,7 +39,7 @@ def edit(photo, *flags):
 
 
 def shown_tiles(picture_HWC, guidance, results):
-    """The tiles of a picture, each pixel once."""
+    """Returns the tiles of an edit's picture, without their enlargement."""
     title = f"edit: {'/'.join(runs.var().parts[-2:])} · guidance {guidance} · seed 0 · no class"
     names = ["original", "redrawn parts", *(f"result {i + 1}" for i in range(results))]
     return tiles(picture_HWC, (8, 8), Captions(title, tiles=names), len(names))
@@ -61,12 +61,12 @@ def test_a_box_is_in_pixels_or_fractions_and_rounded_to_tokens():
 @pytest.mark.parametrize(
     "text", ["1,2,3", "a,b,c,d", "4,0,2,8", "0,0,9,8", "-1,0,4,8", "0.5,0,4,8"]
 )
-def test_a_box_that_is_none_is_refused(text):
+def test_an_invalid_box_is_refused(text):
     with pytest.raises(ValueError, match=f"box={text}: give y0,x0,y1,x1"):
         box_mask(text, (8, 8), (4, 4))
 
 
-def test_white_is_drawn_anew(tmp_path):
+def test_white_parts_of_a_mask_are_redrawn(tmp_path):
     mask_HW = np.zeros((40, 48), np.uint8)
     mask_HW[:20] = 255
     Image.fromarray(mask_HW).save(tmp_path / "mask.png")
@@ -74,9 +74,9 @@ def test_white_is_drawn_anew(tmp_path):
     assert np.array_equal(white_hw, np.arange(4)[:, None].repeat(4, axis=1) < 2)
 
 
-def test_what_is_transparent_in_a_mask_is_kept(tmp_path, capsys):
+def test_transparent_parts_of_a_mask_are_kept(tmp_path, capsys):
     strokes_HWC = np.full((8, 8, 4), 255, np.uint8)
-    strokes_HWC[:, 4:, 3] = 0  # as a drawing program exports a layer
+    strokes_HWC[:, 4:, 3] = 0  # like a layer exported from a drawing program
     path = tmp_path / "mask.png"
     Image.fromarray(strokes_HWC).save(path)
     white_hw = redrawn(path, (8, 8))
@@ -113,7 +113,7 @@ def test_the_picture_shows_original_mask_and_results(photo, capsys):
     assert not np.array_equal(shown_NHWC[2], shown_NHWC[3])
 
 
-def test_kept_tokens_stay_and_the_others_vary():
+def test_known_tokens_are_kept_and_the_others_vary():
     model = varjax.load(runs.var())
     inside_hw = box_mask("0,0,0.5,1", (8, 8), (4, 4))
     tokens_BL = jnp.broadcast_to(model.encode(IMAGE_HWC[None]), (4, 21))
@@ -130,7 +130,7 @@ def test_kept_tokens_stay_and_the_others_vary():
     assert not np.array_equal(found_BL[0], found_BL[1])
 
 
-def test_modes_differ_in_what_is_drawn_and_as_what(photo, monkeypatch):
+def test_the_mode_sets_the_redrawn_part_and_its_class(photo, monkeypatch):
     asked = []
 
     def remember(self, images_BHWC, keep, labels, *_, index, **__):
@@ -167,7 +167,7 @@ def test_modes_differ_in_what_is_drawn_and_as_what(photo, monkeypatch):
         (["--box=0,0,4,4", "--top_p=2"], "top_p"),
     ],
 )
-def test_mistakes_are_said_before_anything_compiles(photo, tmp_path, flags, message, monkeypatch):
+def test_invalid_flags_are_refused_before_compiling(photo, tmp_path, flags, message, monkeypatch):
     def never(*_, **__):
         raise AssertionError("it started editing")
 

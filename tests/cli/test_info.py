@@ -18,11 +18,11 @@ def said(capsys, location):
 
 
 def facts(capsys, location):
-    """What the command prints, by name."""
+    """Returns the values that the command prints, by name."""
     return dict(line.split(maxsplit=1) for line in said(capsys, location).splitlines())
 
 
-def test_samples_say_how_they_were_made(monkeypatch, capsys):
+def test_samples_show_how_they_were_made(monkeypatch, capsys):
     monkeypatch.setattr(sample, "load", lambda *_, **__: FakeSampler())
     monkeypatch.setattr(sample, "use_compilation_cache", lambda: None)
     asked = ["--weights=fake", "--labels=3,7", "--count=2", "--seed=5", "--batch_size=2"]
@@ -40,7 +40,7 @@ def test_samples_say_how_they_were_made(monkeypatch, capsys):
 
 @pytest.fixture
 def trained(tmp_path):
-    """The directory of a run of VAR, without checkpoints."""
+    """Writes the directory of a VAR run without checkpoints."""
     run = tmp_path / "run"
     model = {"depth": 2, "width": 8, "heads": 2, "classes": 10, "scales": [1, 2], "vocab": 16,
              "code_channels": 4}  # fmt: skip
@@ -53,7 +53,7 @@ def trained(tmp_path):
     return run
 
 
-def test_a_run_says_what_it_trains(trained, capsys):
+def test_a_run_shows_its_settings_and_progress(trained, capsys):
     lines = facts(capsys, trained)
     model = json.loads((trained / "config.json").read_text())["task"]["model"]
     assert lines["kind"] == "training run of VARTask"
@@ -64,7 +64,7 @@ def test_a_run_says_what_it_trains(trained, capsys):
     assert "checkpoints" not in lines
 
 
-def test_a_checkpoint_of_a_run_says_how_good_it_was(trained, capsys, monkeypatch):
+def test_a_checkpoint_shows_its_losses(trained, capsys, monkeypatch):
     for name in ("checkpoints/100", "checkpoints/200", "best/100"):
         (trained / name).mkdir(parents=True)
     monkeypatch.setattr(SavedSteps, "meta", lambda self, step: {"keep_best": "eval/loss"})
@@ -78,7 +78,7 @@ def test_a_checkpoint_of_a_run_says_how_good_it_was(trained, capsys, monkeypatch
     early, best, late = (facts(capsys, f"{trained}@{step}") for step in (100, "best", 200))
     assert best["checkpoint"] == "step 100, the best by eval/loss"
     assert late["checkpoint"] == "step 200"
-    # The best step's own weights are those that load; of other steps, the EMA's.
+    # By default, the best step loads its raw weights (eval/loss), other steps the EMA weights.
     for found, losses in ((early, ("3.5", "3.25")), (best, ("3.5", "3.25")), (late, ("2.5", "4"))):
         assert (found["loss"], found["held-out"].split()[-1]) == losses
         assert found["kind"] == "training run of VARTask"
@@ -87,18 +87,18 @@ def test_a_checkpoint_of_a_run_says_how_good_it_was(trained, capsys, monkeypatch
     assert info.main(["nowhere@best"]) == 1
     assert "nowhere@best does not exist" in capsys.readouterr().err
     files.write_json(trained / "config.json", settings | {"keep_best": "eval/accuracy"})
-    assert info.main([f"{trained}@best"]) == 1  # which sampling would refuse, too
+    assert info.main([f"{trained}@best"]) == 1  # sampling refuses this, too
     assert "no best checkpoint by the metric" in capsys.readouterr().err
 
 
-def test_text_of_a_picture_cannot_control_the_terminal(tmp_path, capsys):
+def test_text_in_a_picture_cannot_control_the_terminal(tmp_path, capsys):
     text = command_text("varjax \x1b[31m", [], {}) | {"Settings": "[" * 9}
     image_io.write_png(tmp_path / "a.png", np.zeros((4, 4, 1), np.uint8), text)
     shown = said(capsys, tmp_path / "a.png")
     assert "\x1b" not in shown and "\\x1b[31m" in shown and "[[[[[[[[[" in shown
 
 
-def test_other_things_are_refused_or_said_to_be_unknown(tmp_path, capsys):
+def test_other_files_are_refused_or_reported_as_unknown(tmp_path, capsys):
     Image.new("L", (4, 4)).save("photo.png")
     np.savez("x.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     (tmp_path / "empty").mkdir()

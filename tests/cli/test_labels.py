@@ -1,4 +1,4 @@
-"""Classes on the command line: by number, by name, and mixes."""
+"""Tests class labels on the command line: numbers, names and mixes."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from varjax.errors import InputError
 CLOTHES = ClassNames(("T-shirt/top", "Bag", "coat, long"))
 
 
-def test_without_labels_they_are_spread_over_the_classes():
+def test_default_labels_are_spread_over_the_classes():
     assert choose_labels(None, numbered_classes(10)) == tuple(range(10))
     spread = choose_labels(None, numbered_classes(1000))
     assert len(spread) == 10 and spread[0] == 0 and spread[-1] == 999
@@ -31,13 +31,13 @@ def test_labels_are_numbers_names_or_mixes(text, labels):
     assert choose_labels(text, CLOTHES) == labels
 
 
-def test_titles_of_mixes_have_spaces_where_a_line_may_break():
-    labels = [0, "1:0.5+0:0.25", "1:1", "3:1"]  # as a job with mixes holds single classes
+def test_titles_of_mixes_have_spaces_for_line_breaks():
+    labels = [0, "1:0.5+0:0.25", "1:1", "3:1"]  # a job with mixes writes class 1 as "1:1"
     titles = ["0 T-shirt/top", "1:0.5 + 0:0.25", "1 Bag", "no class"]
     assert class_titles(labels, CLOTHES) == titles
 
 
-def test_imagenet_s_names_and_identifiers():
+def test_imagenet_names_and_wordnet_ids():
     assert choose_labels("7,golden retriever,n02509815", imagenet_classes()) == (7, 207, 387)
 
 
@@ -52,6 +52,6 @@ def test_imagenet_s_names_and_identifiers():
         ("bag:x", "bag:x|1:x"),
     ],
 )
-def test_classes_that_do_not_exist_are_refused(text, message):
+def test_unknown_classes_are_refused(text, message):
     with pytest.raises(InputError, match=message):
         choose_labels(text, CLOTHES)

@@ -1,4 +1,4 @@
-"""The command `varjax`, and what its package declares."""
+"""Tests the command `varjax`, and the metadata and dependencies of its package."""
 
 import os
 import pathlib
@@ -23,15 +23,15 @@ IMPORTED_AS = {
 
 
 def names(requirements):
-    """The packages' names as imports spell them."""
+    """Returns the names of required packages, with underscores as in imports."""
     return {re.split(r"[\[<>=~!;]", line)[0].strip().replace("-", "_") for line in requirements}
 
 
-def test_everything_imported_is_declared():
+def test_declared_dependencies_are_those_imported():
     extras = PROJECT["optional-dependencies"]
     optional = [extras[name] for name in ("demo", "digits", "hub", "plot", "tfds")]
     declared = names(sum(optional, PROJECT["dependencies"]))
-    declared -= {"filelock"}  # imported by JAX, for its cache
+    declared -= {"filelock"}  # JAX imports it for its cache
     files = [file for name in ("varjax", "configs") for file in (ROOT / name).rglob("*.py")]
     used = set().union(*(imported_packages(file.read_text()) for file in files))
     used -= sys.stdlib_module_names | {"", "varjax"}
@@ -40,7 +40,7 @@ def test_everything_imported_is_declared():
     assert used == declared
 
 
-def test_requirements_list_all_that_runs_with_the_same_versions():
+def test_requirements_and_constraints_cover_all_dependencies():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     listed = {line.partition("#")[0].strip() for line in lines}
     assert set(PROJECT["dependencies"]) <= listed
@@ -49,7 +49,7 @@ def test_requirements_list_all_that_runs_with_the_same_versions():
 
 
 def locked(file):
-    """Versions by package in a lock file, each of which must have a hash."""
+    """Returns the versions in a lock file by package, and checks that each has a hash."""
     entries = re.split(r"\n(?=\S)", file.read_text())
     assert all("--hash=sha256:" in entry for entry in entries)
     pins = [entry.split()[0].partition("==") for entry in entries]
@@ -57,11 +57,11 @@ def locked(file):
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
-def test_lock_files_have_all_packages_with_hashes_in_the_tested_versions(python):
+def test_lock_files_pin_all_dependencies_to_tested_versions(python):
     versions = locked(ROOT / f"requirements/lock-{python}.txt")
     extras = PROJECT["optional-dependencies"]
     optional = [extras[name] for name in ("dev", "demo", "digits", "plot", "tfds")]
-    needed = names(sum(optional, PROJECT["dependencies"])) - {"varjax"}  # dev has other extras
+    needed = names(sum(optional, PROJECT["dependencies"])) - {"varjax"}  # dev includes other extras
     assert {name.lower() for name in needed} <= versions.keys() and len(versions) > 100
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         pin, _, marker = line.partition("; python_version ")
@@ -73,7 +73,7 @@ def test_lock_files_have_all_packages_with_hashes_in_the_tested_versions(python)
     assert locked(ROOT / "requirements/lock-build.txt").items() <= versions.items()
 
 
-def test_actions_of_ci_are_named_by_their_commits():
+def test_ci_actions_are_pinned_to_commits():
     for file in (ROOT / ".github/workflows").iterdir():
         used = re.findall(r"uses: (\S+)", file.read_text())
         assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in used)
@@ -88,7 +88,7 @@ def test_help_has_a_line_for_each_command(capsys):
     assert capsys.readouterr().out == f"varjax {varjax.__version__}\n"
 
 
-def test_windows_is_pointed_to_wsl():
+def test_windows_users_are_pointed_to_wsl():
     code = "import sys; sys.platform = 'win32'; import varjax"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -97,7 +97,7 @@ def test_windows_is_pointed_to_wsl():
 
 
 @pytest.mark.parametrize("command", [["--help"], ["plot", "--help"], ["runs", "PATH"]])
-def test_a_terminal_that_knows_only_ascii_shows_the_rest_escaped(tmp_path, command):
+def test_non_ascii_characters_are_escaped_for_an_ascii_terminal(tmp_path, command):
     run = tmp_path / "läufe"
     run.mkdir()
     (run / "data.json").write_text("{}")
@@ -116,7 +116,7 @@ def test_a_terminal_that_knows_only_ascii_shows_the_rest_escaped(tmp_path, comma
     assert command[0] == "plot" or "\\" in done.stdout
 
 
-def test_an_unknown_command_is_told_which_there_are(capsys):
+def test_an_unknown_command_prints_the_available_ones(capsys):
     assert main(["paint"]) == 2
     error = capsys.readouterr().err
     assert "no command 'paint'" in error and "sample" in error
@@ -124,7 +124,7 @@ def test_an_unknown_command_is_told_which_there_are(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_has_a_help_with_usage_and_an_example(name, capsys):
+def test_the_help_of_each_command_has_usage_and_an_example(name, capsys):
     try:
         assert main([name, "--help"]) == 0
     except SystemExit as end:
@@ -136,7 +136,7 @@ def test_each_command_has_a_help_with_usage_and_an_example(name, capsys):
     )
 
 
-def test_light_commands_do_without_jax():
+def test_light_commands_do_not_import_jax():
     code = """
 import sys
 from varjax.cli.main import main
@@ -150,6 +150,6 @@ assert "jax" not in sys.modules
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_the_console_script_is_this_main():
+def test_the_console_script_is_declared():
     assert PROJECT["scripts"] == {"varjax": "varjax.cli.main:main"}
     assert (pathlib.Path(varjax.__file__).parent / "py.typed").is_file()

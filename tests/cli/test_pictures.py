@@ -1,4 +1,4 @@
-"""Commands that write pictures, with a fake model: vary, upscale, edit --paste, --every_step."""
+"""Tests commands that write pictures, on a fake model: vary, upscale, --paste, --every_step."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ SHAPE = (64, 96, 3)
 
 
 class FakeVAR(FakeSampler):
-    """Keeps what it is asked for; each result is gray, by the number of its image."""
+    """Records its arguments; the gray level of each result is the number of its image."""
 
     def vary(
         self,
@@ -80,14 +80,14 @@ SHOWN = {"vary": ["original"], "upscale": ["the picture"], "edit": ["original", 
 
 
 def run(command, *flags):
-    """Runs a command that draws two images at a time; returns the tiles of its picture."""
+    """Runs a command that draws two images at a time, and returns the tiles of its picture."""
     COMMANDS[command](["--weights=fake", "--batch_size=2", "--out=x.png", *flags])
     count = next(int(flag[8:]) for flag in flags if flag.startswith("--count="))
     return result_tiles(np.asarray(Image.open("x.png")), command, count, *flags)
 
 
 def result_tiles(picture_HWC, command, count, *flags):
-    """Cuts out the tiles of a picture or frame, whose words must be these."""
+    """Cuts the tiles out of a picture or frame with the captions of this command."""
     given = dict(flag[2:].split("=") for flag in flags)
     words = ["guidance 2.5", *(f"{n} {given[n]}" for n in ("guide", "refiner") if n in given)]
     title = f"{command}: fake · {' · '.join(words)} · seed {given.get('seed', 0)}"
@@ -126,9 +126,9 @@ def test_variations_are_shown_after_the_original(model, capsys):
     assert "original, 3 results with its first 2 scales" in capsys.readouterr().out
 
 
-def test_only_results_that_are_shown_must_be_finite(model):
+def test_only_shown_results_must_be_finite(model):
     flags = "--image=photo.png", "--keep_scales=2", "--count=3"
-    model.nan = frozenset({3})  # the second one of the last batch of two
+    model.nan = frozenset({3})  # padding of the last batch, which is not shown
     _, *results = run("vary", *flags)
     assert_results(results)
     model.nan = frozenset({2})
@@ -136,7 +136,7 @@ def test_only_results_that_are_shown_must_be_finite(model):
         run("vary", *flags)
 
 
-def test_a_small_picture_is_cut_to_the_model_s_ratio_and_upscaled(model, capsys):
+def test_a_small_picture_is_cropped_to_the_model_s_ratio_and_upscaled(model, capsys):
     _, *results = run("upscale", "--image=small.png", "--count=2", "--refiner=small")
     assert_results(results)
     images_BHWC, keep_scales, labels, *_ = model.asked
@@ -150,7 +150,7 @@ def test_a_small_picture_is_cut_to_the_model_s_ratio_and_upscaled(model, capsys)
     assert "(24x16 pixels), and 2 results" in capsys.readouterr().out
 
 
-def test_pasted_pixels_are_the_original_s(model):
+def test_paste_keeps_the_original_pixels(model):
     original, _, *results = run(
         "edit", "--image=photo.png", "--box=0,0,0.5,1", "--count=2", "--paste=0"
     )
@@ -170,7 +170,7 @@ def test_every_step_is_a_column_or_a_frame(model):
         assert film.n_frames == 3
 
 
-def test_a_film_of_results_has_the_original_in_each_frame(model):
+def test_an_animation_shows_the_original_in_each_frame(model):
     flags = ["--weights=fake", "--image=photo.png", "--batch_size=2", "--out=x.webp"]
     original_HWC = image_io.read_image("photo.png", SHAPE)
     for command, own_flags in (
@@ -189,13 +189,13 @@ def test_a_film_of_results_has_the_original_in_each_frame(model):
                 if command == "edit":
                     np.testing.assert_array_equal(shown[-1][32:], original_HWC[32:])
     assert COMMANDS["vary"]([*flags[:-1], "--keep_scales=2", "--every_step", "--out=x.png"]) is None
-    names = [f"result {number}" for number in range(1, 5)]  # a row a result, without the original
+    names = [f"result {number}" for number in range(1, 5)]  # one row per result, no original
     captions = Captions("vary: fake · guidance 2.5 · seed 0 · no class", rows=names, columns=STEPS)
     strip = tiles(np.asarray(Image.open("x.png")), SHAPE[:2], captions, 12, 3)
     assert_results(strip, [n + step for n in range(4) for step in (0, 10, 20)])
 
 
-def test_a_picture_carries_the_command_that_made_it(model):
+def test_a_picture_stores_the_command_that_made_it(model):
     run("vary", "--image=photo.png", "--keep_scales=2", "--count=1", "--label=7")
     _, text = read_picture_text("x.png")
     assert text["Command"] == (
@@ -218,7 +218,7 @@ def test_a_picture_carries_the_command_that_made_it(model):
         ("edit", ["--image=photo.png", "--box=0,0,1,1", "--paste=-2"], "paste=-2: give a number"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_first(command, flags, message, model):
+def test_invalid_requests_are_refused_before_drawing(command, flags, message, model):
     keep = ["--keep_scales=2"] if command == "vary" else []
     with pytest.raises(InputError, match=message):
         run(command, *keep, *flags)
@@ -238,14 +238,14 @@ def test_a_model_without_scales_cannot_vary(model, monkeypatch):
         (["--out=x.gif", "--accept=0.5", "--classifier=any"], "--accept chooses finished images"),
     ],
 )
-def test_what_shows_no_steps_is_refused_first(flags, message, model, monkeypatch, capsys):
+def test_outputs_that_cannot_show_steps_are_refused(flags, message, model, monkeypatch, capsys):
     classifier = LoadedClassifier(10, {}, lambda images_NHWC: images_NHWC)
     monkeypatch.setattr(rejection, "load_classifier", lambda location: classifier)
     assert sample.main(["--weights=fake", "--labels=3", *flags]) == 1
     assert message in capsys.readouterr().err and model.calls == 0
 
 
-def test_a_picture_is_not_overwritten_by_the_results(model):
+def test_the_input_picture_is_never_overwritten(model):
     pathlib.Path("link.png").symlink_to("photo.png")
     pathlib.Path("mask.png").write_bytes(pathlib.Path("photo.png").read_bytes())
     for command, flags, out, message in (
@@ -260,7 +260,7 @@ def test_a_picture_is_not_overwritten_by_the_results(model):
 
 
 @pytest.mark.parametrize("guidance", ["1", "1,1,1"])
-def test_a_guide_that_would_do_nothing_is_refused(guidance, model, capsys):
+def test_a_guide_is_refused_if_guidance_is_off(guidance, model, capsys):
     off = f"--guidance={guidance}"
     with pytest.raises(InputError, match="guide=weak: guidance is 1, which turns the guide off"):
         run("vary", "--image=photo.png", "--keep_scales=2", "--count=1", "--guide=weak", off)

@@ -26,7 +26,7 @@ PACKAGE = pathlib.Path(array_record.__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two classes, 12 + 4 images and a broken one in each split."""
+    """Writes two classes with 12 train and 4 val images, and a broken one in each split."""
     path = tmp_path_factory.mktemp("photos") / "x"
     photos.write_photos(str(path), size=16, train=5, val=2)
     Image.effect_noise((20, 30), 90).convert("CMYK").save(path / "train/china/cmyk.tif")
@@ -45,7 +45,7 @@ def packed(folder):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Does the jobs without starting processes; they stop where the test says."""
+    """Runs the jobs in this process, and interrupts them after `stop_after` steps."""
     told = {"steps": 0, "stop_after": 10**9}
 
     class NoProcesses:
@@ -94,7 +94,7 @@ def test_a_packed_folder_holds_the_same_images_in_the_same_order(folder, packed)
 
 
 @pytest.mark.parametrize("crop", ["random", "center"])
-def test_training_sees_the_same_batches_from_either(tmp_path, in_this_process, crop):
+def test_packed_batches_equal_those_of_the_folder(tmp_path, in_this_process, crop):
     photos.write_photos("x", size=16, train=4, val=2)
     prepare("x", "packed")
     settings = {"size": (12, 8), "crop": crop, "flip": True}
@@ -105,7 +105,7 @@ def test_training_sees_the_same_batches_from_either(tmp_path, in_this_process, c
     assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_a_flat_folder_is_split_by_a_share(in_this_process):
+def test_a_flat_folder_is_split_by_a_fraction(in_this_process):
     photos.write_photos("x", size=16, train=9, val=1)
     pathlib.Path("x/train/china").rename("flat")
     prepare("flat", "packed", held_out=0.3)
@@ -116,7 +116,7 @@ def test_a_flat_folder_is_split_by_a_share(in_this_process):
         assert names == files.source(split).listing.paths and names
 
 
-def test_what_is_done_is_not_done_again(folder, packed, capsys, monkeypatch):
+def test_a_complete_dataset_is_not_prepared_again(folder, packed, capsys, monkeypatch):
     monkeypatch.setattr(prepare_module, "WorkerProcesses", None)
     before = {path: path.stat().st_mtime_ns for path in packed.glob("[!.]*")}
     arguments = [f"--folder={folder}", f"--out={packed}"]
@@ -133,9 +133,9 @@ def test_what_is_done_is_not_done_again(folder, packed, capsys, monkeypatch):
     assert "size: 0 there, 20 requested" in capsys.readouterr().err
 
 
-def test_interrupted_anywhere_it_goes_on_to_the_same_end(folder, packed, capsys, in_this_process):
+def test_an_interrupted_command_resumes_to_the_same_output(folder, packed, capsys, in_this_process):
     arguments = [f"--folder={folder}", "--out=out", "--shards=3"]
-    for stop_after in (2, 5, 5, 6):  # of shards with 4, 4, 5, 2 and 3 images
+    for stop_after in (2, 5, 5, 6):  # the shards have 4, 4, 5, 2 and 3 images
         in_this_process["stop_after"] = stop_after
         assert main(arguments) == 130 and "run the same command again" in capsys.readouterr().err
         assert not list(pathlib.Path("out").glob(".*.tmp"))
@@ -147,10 +147,10 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_end(folder, packed, capsys,
     assert main(arguments) == 0
     assert kept and all(path.stat().st_mtime_ns == kept[path] for path in kept)
     assert content("out") == content(packed)
-    assert in_this_process["steps"] == 3 + 2  # of the last two shards only
+    assert in_this_process["steps"] == 3 + 2  # only the last two shards
 
 
-def test_another_folder_or_anything_else_in_out_is_refused(folder, packed, in_this_process):
+def test_an_output_with_other_content_is_refused(folder, packed, in_this_process):
     photos.write_photos("x", size=16, train=2, val=1)
     pathlib.Path("used").mkdir()
     pathlib.Path("used/file").write_text("mine")
@@ -170,7 +170,7 @@ def test_another_folder_or_anything_else_in_out_is_refused(folder, packed, in_th
     assert not pathlib.Path("out2").exists()
 
 
-def test_an_output_among_the_images_is_refused(folder):
+def test_an_output_inside_the_image_folder_is_refused(folder):
     inside = folder / "train" / "packed"
     with pytest.raises(InputError, match=f"out={inside}: is inside {folder}/train"):
         prepare(str(folder), str(inside))
@@ -178,7 +178,7 @@ def test_an_output_among_the_images_is_refused(folder):
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9", b"a\nb", b"cat ", b"\xe2\x80\xa8"])
-def test_class_names_that_a_dataset_would_change_are_refused_at_once(folder, name, tmp_path):
+def test_class_names_that_tfds_would_change_are_refused(folder, name, tmp_path):
     for split, image in (("train", "gray.png"), ("val", "0.png")):
         for class_folder in (b"dog", name):
             path = os.fsencode(tmp_path / "x" / split) + b"/" + class_folder
@@ -189,7 +189,7 @@ def test_class_names_that_a_dataset_would_change_are_refused_at_once(folder, nam
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_any_good_image_is_refused(in_this_process):
+def test_a_folder_without_a_readable_image_is_refused(in_this_process):
     for path in ("x/train/a/1.jpg", "x/val/a/1.jpg"):
         pathlib.Path(path).parent.mkdir(parents=True)
         pathlib.Path(path).write_bytes(b"")
@@ -200,7 +200,7 @@ def test_a_folder_without_any_good_image_is_refused(in_this_process):
     assert "1 train + 1 validation images" in prepare("x", "out")
 
 
-def test_images_are_shrunk_on_demand_and_never_enlarged():
+def test_size_shrinks_images_and_never_enlarges_them():
     Image.effect_noise((60, 40), 90).convert("RGB").save("large.png")
     Image.effect_noise((50, 20), 90).convert("RGB").save("small.png")
     for name, size in (("large.png", (36, 24)), ("small.png", (50, 20))):
@@ -226,7 +226,7 @@ print(batch["image_BHWC"].shape, "jax" in sys.modules)
 
 
 @pytest.mark.slow
-def test_a_stopped_command_leaves_no_process_and_goes_on_without_tensorflow(tmp_path):
+def test_a_stopped_command_leaves_no_process_and_resumes_without_tensorflow(tmp_path):
     photos.write_photos("x", size=8, train=400, val=2)
     (tmp_path / "fake/tensorflow").mkdir(parents=True)
     (tmp_path / "fake/tensorflow/__init__.py").write_text("raise RuntimeError('imported')")
@@ -237,7 +237,7 @@ def test_a_stopped_command_leaves_no_process_and_goes_on_without_tensorflow(tmp_
         before = len(list(pathlib.Path("out/unfinished").glob("*.json")))
         quiet = {"stderr": subprocess.DEVNULL, "start_new_session": True}
         process = subprocess.Popen(command, env=environment, **quiet)
-        # It has written files of its own, so its worker runs.
+        # New files show that its worker is running.
         while len(list(pathlib.Path("out/unfinished").glob("*.json"))) < before + 3:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.01)

@@ -48,7 +48,7 @@ def test_a_sweep_has_a_row_per_value(tmp_path):
     assert facts["rows"] == ["guidance 1", "guidance 4"] and "guidance" not in facts
 
 
-def test_outputs_and_batch_sizes_hold_the_same_images(tmp_path):
+def test_images_do_not_depend_on_the_output_or_batch_size(tmp_path):
     draw("--labels=3,1", "--count=2", f"--out={tmp_path / 'a.npz'}")
     draw("--labels=3,1", "--count=2", "--batch_size=3", f"--out={tmp_path / 'folder'}")
     with np.load(tmp_path / "a.npz") as file:
@@ -86,7 +86,7 @@ def test_outputs_and_batch_sizes_hold_the_same_images(tmp_path):
         (["--out=/proc/varjax/grid.png"], "cannot write"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_compiles(flags, message, monkeypatch):
+def test_invalid_flags_are_refused_before_compiling(flags, message, monkeypatch):
     def never(*_, **__):
         raise AssertionError("it started sampling")
 
@@ -95,12 +95,12 @@ def test_what_cannot_be_done_is_said_before_anything_compiles(flags, message, mo
         draw(*flags)
 
 
-def test_a_folder_is_not_taken_for_a_file(tmp_path):
+def test_a_folder_named_like_a_picture_is_refused(tmp_path):
     (tmp_path / "x.png").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
         check_out(str(tmp_path / "x.png"))
 
 
-def test_a_tokenizer_s_run_cannot_be_sampled():
+def test_a_tokenizer_run_cannot_be_sampled():
     with pytest.raises(ValueError, match="VQTask"):
         sample.draw_samples([f"--weights={runs.tokenizer()}"])

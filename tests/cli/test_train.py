@@ -18,13 +18,13 @@ def config(tmp_path):
     return f"--config={path}"
 
 
-def test_without_a_config_it_says_how_it_is_used(capsys):
+def test_without_a_config_the_usage_is_printed(capsys):
     assert train.main([]) == 2
     assert "python train.py --config=configs/" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_argument_and_overrides_reach_the_run(config, tmp_path, capsys):
+def test_config_argument_and_overrides_reach_the_run(config, tmp_path, capsys):
     assert train.main([f"{config}:2", "--config.task.width=3"]) == 0
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
     assert train.main([f"{config}:2", "--config.task.width=4"]) == 1
@@ -41,7 +41,7 @@ def test_argument_and_overrides_reach_the_run(config, tmp_path, capsys):
         (["--confg.steps=3"], "settings are --config.FIELD=VALUE"),
     ],
 )
-def test_mistakes_end_in_one_line(config, capsys, arguments, message):
+def test_mistakes_give_a_one_line_error(config, capsys, arguments, message):
     assert train.main([config, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
