@@ -30,7 +30,7 @@ def require_browser():
 
 @contextlib.contextmanager
 def served(folder, *flags):
-    """Yields the address of a page, and the file in which the server writes down its work."""
+    """Serves a page, and yields its address and the log file of the server's work."""
     log, output = folder / "log", folder / "output"
     log.touch()
     with socket.socket() as probe:
@@ -57,7 +57,7 @@ def served(folder, *flags):
 
 @contextlib.contextmanager
 def opened_browser():
-    """Yields Chromium, in which names other than this machine's lead nowhere."""
+    """Yields a Chromium that resolves no host names, so it can reach only this machine."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -78,7 +78,7 @@ def wait_for(condition, seconds=START_SECONDS):
 
 
 def shown_images(page, selector):
-    """Returns the pixels of the images within an element, once they are shown."""
+    """Returns the pixels of the images within an element."""
     urls = page.eval_on_selector_all(f"{selector} img", "all => all.map(x => x.src)")
     return [decoded(url) for url in urls]
 

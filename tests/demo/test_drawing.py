@@ -1,4 +1,4 @@
-"""A drawing is what the command line and Python draw, and refuses what it cannot draw."""
+"""Tests drawings of the demo against the command line and Python, and refused requests."""
 
 import argparse
 import io
@@ -69,14 +69,14 @@ def test_the_snippet_draws_the_same_images(drawing, film, tmp_path, monkeypatch)
     assert (tmp_path / "samples.png").exists()
 
 
-def test_an_image_comes_about_scale_by_scale(model, film):
+def test_a_film_has_the_image_after_each_scale(model, film):
     assert film.images_NSHWC.shape == (2, 3, 8, 8, 1)
     images_SBHWC = model.sampler.sample([3, 10], 5, guidance=2.0, top_k=9, every_step=True)
     images_BSHWC = np.moveaxis(np.asarray(images_SBHWC), 1, 0)
     assert np.array_equal(film.images_NSHWC, image_io.to_uint8(images_BSHWC))
 
 
-def test_only_changed_options_are_named(model):
+def test_the_command_has_only_changed_options(model):
     own = model.sampler.options()
     drawing = checked_drawing(model, [], 1, 0, {"guidance": own.guidance, "temperature": 0.5})
     assert drawing.changes == {"temperature": 0.5}
@@ -85,7 +85,7 @@ def test_only_changed_options_are_named(model):
 
 
 @pytest.mark.parametrize("smooth", [True, False])
-def test_the_command_line_takes_an_option_that_is_turned_on_or_off(smooth):
+def test_the_command_line_accepts_boolean_options(smooth):
     class Sampler(FakeSampler):
         def options(self, **given):
             return replace_options(VAROptions(smooth=not smooth), given)
@@ -110,7 +110,7 @@ def test_the_command_line_takes_an_option_that_is_turned_on_or_off(smooth):
         (range(10), 16, 0, {}, "16 images of each of 10 classes are 160; .* at most 64"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(model, labels, count, seed, options, message):
+def test_invalid_drawings_are_refused(model, labels, count, seed, options, message):
     with pytest.raises(InputError, match=message):
         checked_drawing(model, labels, count, seed, options)
 
@@ -122,14 +122,14 @@ def test_what_cannot_be_drawn_is_refused(model, labels, count, seed, options, me
         ({"image_shape": (4, 4, 1)}, r"also=b: its shape of images is \(4, 4, 1\), and that of a"),
     ],
 )
-def test_models_of_other_classes_or_images_do_not_share_a_page(changes, message):
+def test_models_with_other_classes_or_image_shapes_cannot_share_a_page(changes, message):
     models = [DemoModel("a", FakeSampler()), DemoModel("b", FakeSampler(**changes))]
     check_same_images([models[0], models[0]])
     with pytest.raises(InputError, match=message):
         check_same_images(models)
 
 
-def test_a_missing_gradio_is_named_with_its_extra(monkeypatch):
+def test_the_error_for_missing_gradio_names_the_extra(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(InputError, match=r'needs gradio .*or pip install "\.\[demo\]"'):
@@ -137,7 +137,7 @@ def test_a_missing_gradio_is_named_with_its_extra(monkeypatch):
 
 
 @pytest.mark.parametrize(("host", "message"), [("127.0.0.1", "in use"), ("192.0.2.1", "assign")])
-def test_an_address_that_cannot_be_used_is_refused_before_models_load(host, message, monkeypatch):
+def test_an_unusable_address_is_refused_before_models_load(host, message, monkeypatch):
     pytest.importorskip("gradio", reason='needs Gradio: pip install ".[demo]"')
     monkeypatch.setattr(os, "environ", dict(os.environ))
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -146,7 +146,7 @@ def test_an_address_that_cannot_be_used_is_refused_before_models_load(host, mess
             open_demo(["--weights=nowhere", f"--host={host}", f"--port={port}"])
 
 
-def test_the_page_is_asked_for_without_a_proxy(monkeypatch):
+def test_the_page_is_requested_without_a_proxy(monkeypatch):
     pytest.importorskip("gradio", reason='needs Gradio: pip install ".[demo]"')
     given = {"HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": "example.org", "NO_PROXY": "unused"}
     monkeypatch.setattr(os, "environ", dict(os.environ) | given)
@@ -164,7 +164,7 @@ def test_the_page_is_asked_for_without_a_proxy(monkeypatch):
     assert bypassed == [True, True, True, True, False]
 
 
-def test_images_are_enlarged_by_whole_numbers_and_words_are_escaped():
+def test_images_are_enlarged_by_integers_and_captions_escaped():
     images_NHWC = np.zeros((1, 8, 8, 1), np.uint8)
     page = picture_grid(images_NHWC, ImageTexts(["<b>"], ["a.png"], [{"Command": "x"}]))
     assert 'width="144" height="144"' in page and "<b>" not in page and "&lt;b&gt;" in page
@@ -172,6 +172,6 @@ def test_images_are_enlarged_by_whole_numbers_and_words_are_escaped():
     assert 'width="256"' in picture_grid(np.zeros((1, 256, 256, 3), np.uint8), ImageTexts(["x"]))
 
 
-def test_a_film_shows_its_first_and_last_step(film):
+def test_a_film_clamps_its_step_and_offers_only_final_files(film):
     assert film.frame(0) == film.frame(1) != film.frame(3) == film.frame(9)
     assert "download" in film.frame(3) and "download" not in film.frame(2)

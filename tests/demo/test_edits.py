@@ -1,4 +1,4 @@
-"""An edit on the page is what the models' methods return; uploads get one sentence."""
+"""Tests edits on the page against the models' methods, and messages about uploads."""
 
 import pathlib
 import struct
@@ -36,7 +36,7 @@ def finished(images_SBHWC):
 
 
 @pytest.mark.parametrize("mode", ["in-paint", "out-paint", "change class"])
-def test_painted_parts_or_the_others_are_redrawn(model, mode):
+def test_painted_or_unpainted_parts_are_redrawn(model, mode):
     painted_hw = np.arange(4)[None].repeat(4, axis=0) < 2
     keep_hw = painted_hw if mode == "out-paint" else ~painted_hw
     image_HWC = np.asarray(PICTURE)[..., None]
@@ -48,7 +48,7 @@ def test_painted_parts_or_the_others_are_redrawn(model, mode):
     assert np.array_equal(pasted[:, kept_HW], image_HWC[None].repeat(2, axis=0)[:, kept_HW])
 
 
-def test_scales_are_kept_to_vary_and_upscale(model):
+def test_vary_and_upscale_keep_the_coarse_scales(model):
     given = {"seed": 4, "index": range(2), "every_step": True}
     image_HWC = np.asarray(PICTURE)[..., None]
     expected = finished(model.sampler.vary(image_HWC[None], 2, [3, 3], **given))
@@ -75,19 +75,19 @@ def test_scales_are_kept_to_vary_and_upscale(model):
         ("vary", {"seed": None}, "seed=None"),
     ],
 )
-def test_what_cannot_be_edited_is_refused(model, mode, changes, message):
+def test_invalid_edits_are_refused(model, mode, changes, message):
     with pytest.raises(InputError, match=message):
         results(model, mode, **changes)
 
 
-def test_results_are_refused_if_the_page_cannot_keep_them_after_all_steps(model, monkeypatch):
+def test_more_results_than_the_page_can_keep_are_refused(model, monkeypatch):
     monkeypatch.setattr(drawing, "MOST_FILM_BYTES", 2 * 3 * 8 * 8)  # two results after 3 scales
     checked_page_edit(model, "vary", PICTURE, None, SETTINGS, {})
     with pytest.raises(InputError, match="count=3; in 3 steps, .* at most 2"):
         results(model, "vary", count=3)
 
 
-def test_only_requests_of_one_program_are_known_to_be_compiled(model):
+def test_program_is_equal_for_requests_that_share_a_compilation(model):
     small = PICTURE.resize((4, 4)), PICTURE.resize((2, 2))
 
     def program(mode, picture=PICTURE, **options):
@@ -96,11 +96,11 @@ def test_only_requests_of_one_program_are_known_to_be_compiled(model):
     assert program("in-paint") == program("change class", top_k=3)
     programs = [program("in-paint"), program("vary"), *(program("upscale", x) for x in small)]
     programs += [program("in-paint", guidance=guidance) for guidance in (2.0, (1.0, 2.0, 3.0))]
-    assert len(set(programs)) == 5  # that of a guidance of 2 is the first one
+    assert len(set(programs)) == 5  # guidance=2.0 shares the program of the first
 
 
 @pytest.mark.parametrize("mode", ["vary", "upscale"])
-def test_modes_of_another_model_on_the_page_are_refused(mode):
+def test_vary_and_upscale_are_refused_for_mar(mode):
     with pytest.raises(InputError, match=f"only a model .*VAR.* can {mode} an image"):
         results(open_demo_model(str(runs.untrained_mar())), mode, None)
 
@@ -111,7 +111,7 @@ def saved(tmp_path, picture, name="upload.png", **settings):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_wrong_uploads_get_one_sentence(tmp_path):
+def test_invalid_uploads_give_a_short_error(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     huge = Image.new("1", (10_000, 10_000))
     for path, message in (
@@ -135,7 +135,7 @@ def png_of_16_bits(image_HW3):
     return data
 
 
-def test_unusual_uploads_are_read_and_the_page_says_how(tmp_path):
+def test_unusual_uploads_are_converted_and_changes_reported(tmp_path):
     gray = Image.new("L", (8, 8))
     film = saved(
         tmp_path, gray, "film.gif", save_all=True, append_images=[Image.new("L", (8, 8), 9)]
@@ -147,7 +147,7 @@ def test_unusual_uploads_are_read_and_the_page_says_how(tmp_path):
     deep = saved(tmp_path, Image.fromarray(np.full((8, 8), 2**15, np.uint16)))
     picture, changes = read_upload(deep)
     assert picture.mode == "L" and changes == "Its 16 bits per channel become 8."
-    colors = tmp_path / "colors.png"  # Pillow writes 8 bits per channel alone
+    colors = tmp_path / "colors.png"  # Pillow writes colors only with 8 bits per channel
     colors.write_bytes(png_of_16_bits(np.full((8, 8, 3), 2**15, ">u2")))
     picture, changes = read_upload(str(colors))
     assert picture.mode == "RGB" and changes == "Its 16 bits per channel become 8."

@@ -1,4 +1,4 @@
-"""What the page shows of a picture's tokens is what the tokenizer and the transformer compute."""
+"""Tests the tokens that the page shows against the tokenizer and the transformer."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def model():
     return open_demo_model(str(runs.untrained_var()))
 
 
-def test_a_reconstruction_grows_scale_by_scale(model):
+def test_reconstructions_are_shown_after_each_scale(model):
     found = look_inside(model, IMAGE_HWC)
     assert [*found.images] == ["original", *(f"after scale {k}" for k in (1, 2, 3))]
     tokens_BL = model.sampler.encode(IMAGE_HWC[None])
@@ -34,7 +34,7 @@ def test_a_reconstruction_grows_scale_by_scale(model):
     assert len(found.maps) == 1 + 3 + 1
 
 
-def test_lpips_is_measured_where_there_are_weights(model, monkeypatch):
+def test_lpips_is_measured_if_there_are_weights(model, monkeypatch):
     def lpips(params, x_BHWC, y_BHWC):  # the real one takes long to compile
         return params * jnp.abs(x_BHWC - y_BHWC).mean(axis=(1, 2, 3))
 
@@ -46,7 +46,7 @@ def test_lpips_is_measured_where_there_are_weights(model, monkeypatch):
         open_demo_model(str(runs.untrained_var()), lpips={})
 
 
-def test_the_likeliest_codes_of_a_token_replace_it_alone(model):
+def test_each_of_the_likeliest_codes_replaces_one_token(model):
     tokens_BL = np.asarray(model.sampler.encode(IMAGE_HWC[None]))
     found, about = likeliest_codes(model, tokens_BL, 3, scale=2, position=(0.3, 0.99))
     place = 1 + 4 + 1 * 4 + 3
@@ -67,7 +67,7 @@ def test_a_scale_that_does_not_exist_is_refused(model):
         likeliest_codes(model, np.zeros((1, 21), np.int32), 3, 3, (0, 0))
 
 
-def test_equal_codes_have_equal_colors_and_neighbors_do_not():
+def test_equal_codes_have_equal_colors_and_adjacent_codes_do_not():
     colors_HWC = code_colors(np.array([[1, 2], [2, 1]]))
     first, second = colors_HWC[0, 0], colors_HWC[0, -1]
     assert np.array_equal(first, colors_HWC[-1, -1]) and np.array_equal(second, colors_HWC[-1, 0])
@@ -75,14 +75,14 @@ def test_equal_codes_have_equal_colors_and_neighbors_do_not():
 
 
 @pytest.mark.slow
-def test_latents_are_shown_by_their_mean_and_a_sample():
+def test_the_posterior_mean_and_a_sample_of_latents_are_shown():
     found = look_inside(open_demo_model(str(runs.mar())), IMAGE_HWC)
     assert [*found.images] == ["original", "posterior mean", "posterior sample"]
     mean_HWC, sample_HWC = [*found.images.values()][1:]
     assert not np.array_equal(mean_HWC, sample_HWC) and found.tokens_BL is None
 
 
-def test_codes_of_one_scale_are_shown_with_what_they_decode_to():
+def test_single_scale_codes_are_shown_with_their_decoded_image():
     model = open_demo_model(str(runs.untrained_mar_over_codes()))
     found = look_inside(model, IMAGE_HWC)
     assert [*found.images] == ["original", "from its codes"] and found.tokens_BL is None

@@ -1,4 +1,4 @@
-"""The page in a real browser: draws, links, cancels, and asks nothing of other machines."""
+"""Tests the page in a real browser: drawing, links, cancelling, and no outside requests."""
 
 import io
 import socket
@@ -41,7 +41,7 @@ def server(weights, chromium, tmp_path_factory):
 
 @pytest.fixture
 def open_page(server, chromium):
-    """Opens a page at a link, whose requests and errors are checked at the end."""
+    """Returns a function that opens a link; checks the page's requests and errors at the end."""
     address, log = server
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     requests, errors = [], []
@@ -65,7 +65,7 @@ def expected(weights, *arguments, **options):
     return image_io.to_uint8(np.asarray(images_BHWC))[..., 0]
 
 
-def test_a_link_draws_the_same_images_as_python_to_the_bit(open_page, weights):
+def test_a_link_draws_images_bit_identical_to_python(open_page, weights):
     page = open_page("?labels=3,none&count=1&seed=7&guidance=2.0&top_p=0.5")
     page.wait_for_selector(DRAWN, timeout=180_000)
     given = {"guidance": 2.0, "top_p": 0.5}
@@ -80,7 +80,7 @@ def test_a_link_draws_the_same_images_as_python_to_the_bit(open_page, weights):
     assert np.array_equal(browser.shown_images(page, "#pictures"), before)
 
 
-def test_drawing_by_hand_shows_films_and_files(open_page, weights):
+def test_a_drawing_has_steps_and_files(open_page, weights):
     page = open_page()
     page.locator("#seed input").fill("9")
     page.click("#draw")
@@ -103,14 +103,14 @@ def test_drawing_by_hand_shows_films_and_files(open_page, weights):
     assert np.array_equal(browser.shown_images(page, "#pictures"), images_SBHW[0])
 
 
-def test_the_other_model_draws_too(open_page):
+def test_the_second_model_draws_too(open_page):
     page = open_page("?model=1&labels=3,none&count=1&seed=7")
     page.wait_for_selector(DRAWN, timeout=180_000)
     images = browser.shown_images(page, "#pictures")
     assert np.array_equal(images, expected(str(runs.mar()), [3, 10], 7))
 
 
-def test_both_sides_are_drawn_on_one_seed(open_page, weights):
+def test_compare_draws_both_models_with_one_seed(open_page, weights):
     page = open_page()
     page.get_by_role("tab", name="Compare").click()
     page.locator("#compare-count input[type=number]").fill("1")
@@ -130,12 +130,12 @@ def test_painted_parts_of_a_drawn_picture_are_redrawn(open_page):
     page.wait_for_selector("text=there is no picture yet", timeout=20_000)
     page.click("#edit-take")
     page.wait_for_selector("text=Drawn picture 1.", timeout=20_000)
-    page.wait_for_timeout(1000)  # the editor draws the picture on its canvas
+    page.wait_for_timeout(1000)  # until the editor has drawn the picture on its canvas
     box = page.locator("#editor canvas").first.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 60, y - 60)
     page.mouse.down()
-    for row in range(-60, 61, 30):  # few moves, each of which the browser draws without a GPU
+    for row in range(-60, 61, 30):  # few moves: without a GPU, the browser draws each slowly
         page.mouse.move(x - 60, y + row, steps=2)
         page.mouse.move(x + 60, y + row, steps=2)
     page.mouse.up()
@@ -164,7 +164,7 @@ def test_a_click_on_a_token_shows_likely_alternatives(open_page):
     assert len(browser.shown_images(page, "#alternatives")) == 6
 
 
-def test_a_wrong_upload_gets_a_sentence(open_page, tmp_path):
+def test_an_invalid_upload_shows_an_error(open_page, tmp_path):
     (tmp_path / "letter.txt").write_text("no picture")
     page = open_page()
     page.get_by_role("tab", name="Edit").click()
@@ -178,12 +178,12 @@ def test_a_wrong_upload_gets_a_sentence(open_page, tmp_path):
     ("query", "message"),
     [("labels=11", "labels=11"), ("labels=3&top_p=x", "top_p=x"), ("model=5", "model=5")],
 )
-def test_a_link_that_cannot_be_drawn_says_why(open_page, query, message):
+def test_an_invalid_link_shows_an_error(open_page, query, message):
     page = open_page(f"?{query}")
     page.wait_for_selector(f"text={message}", timeout=20_000)
 
 
-def test_a_value_that_cannot_be_drawn_says_why(open_page):
+def test_an_invalid_option_shows_an_error(open_page):
     page = open_page()
     page.click("text=Options")
     page.locator("label", has_text="guidance_schedule").locator("input, textarea").fill("steep")
@@ -203,7 +203,7 @@ def slow_parts(server):
     file.unlink()
 
 
-def test_one_page_at_a_time_is_computed_and_stopped(server, chromium, slow_parts):
+def test_one_page_is_computed_at_a_time_and_can_be_stopped(server, chromium, slow_parts):
     address, log = server
     first, second = (chromium.new_page() for _ in range(2))
     start = parts(log)
@@ -220,13 +220,13 @@ def test_one_page_at_a_time_is_computed_and_stopped(server, chromium, slow_parts
     browser.wait_for(lambda: parts(log) > stopped)
     first.close()
     second.locator("#seed input").fill("2")
-    second.click("#draw")  # waits for what the closed page had begun, and no longer
+    second.click("#draw")  # waits only for the part that the closed page had begun
     second.wait_for_url("**seed=2**", timeout=180_000)
     assert parts(log) < stopped + 8
     second.close()
 
 
-def test_a_page_that_is_closed_during_an_upload_prints_no_traceback(weights, tmp_path):
+def test_a_page_closed_during_an_upload_prints_no_traceback(weights, tmp_path):
     pytest.importorskip("gradio", reason='needs Gradio: pip install ".[demo]"')
     head = (
         "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
@@ -237,5 +237,5 @@ def test_a_page_that_is_closed_during_an_upload_prints_no_traceback(weights, tmp
         url = urllib.parse.urlparse(address)
         with socket.create_connection((url.hostname, url.port)) as connection:
             connection.sendall(head.encode())
-        urllib.request.urlopen(address).read()  # by then, the server has noticed
-        # `served` looks for a traceback at its end
+        urllib.request.urlopen(address).read()  # by then, the server has noticed the disconnect
+        # `served` checks for a traceback when it exits

@@ -1,4 +1,4 @@
-"""A page shows each step while the later ones are computed, and computes one thing at a time."""
+"""Tests that a page shows each step while later ones are computed, one request at a time."""
 
 import concurrent.futures
 import dataclasses
@@ -26,7 +26,7 @@ def small_images_are_slow(monkeypatch):
 
 @dataclasses.dataclass
 class SlowSampler(FakeSampler):
-    """Draws three steps; stops after the first one until `released` is set."""
+    """Draws three steps; waits after the first one until `released` is set."""
 
     devices: tuple = (DEVICE,)
     started: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -103,13 +103,13 @@ def test_a_cancelled_drawing_ends_before_the_next_one_begins():
         assert not waiting.started.wait(0.1) and not cancelled.finished.is_set()
         cancelled.released.set()
         assert len(drawn.result(SECONDS)) == 3
-    assert cancelled.finished.is_set() and cancelled.calls == 1  # of two parts
+    assert cancelled.finished.is_set() and cancelled.calls == 1  # only one of two parts
     assert MODEL_LOCK.acquire(timeout=SECONDS)
     MODEL_LOCK.release()
 
 
 @pytest.mark.parametrize("nan", [False, True])
-def test_an_error_after_the_first_step_is_a_message(nan):
+def test_an_error_after_the_first_step_is_shown(nan):
     playback = pytest.importorskip("varjax.demo.playback", exc_type=ImportError)
     sampler = SlowSampler(error=None if nan else InputError("out of luck"))
     if nan:
@@ -136,7 +136,7 @@ def test_several_devices_yield_the_steps_of_finished_parts():
 
 
 def frames(monkeypatch, steps, seconds_of_a_step):
-    """Returns which steps are shown, and when, by a clock that only drawing and waiting move."""
+    """Returns the shown steps and their times, on a fake clock that drawing and waiting advance."""
     playback = pytest.importorskip("varjax.demo.playback", exc_type=ImportError)
     now = [0.0]
 
@@ -157,7 +157,7 @@ def frames(monkeypatch, steps, seconds_of_a_step):
     return [step for step, _ in shown], [when for _, when in shown]
 
 
-def test_a_fast_device_plays_a_film_and_a_slow_one_shows_every_step(monkeypatch):
+def test_fast_drawings_play_as_a_film_and_slow_ones_show_every_step(monkeypatch):
     steps, times = frames(monkeypatch, 64, 0.001)
     assert len(steps) == 16 and steps[0] == 1 and steps[-1] == 64
     assert np.allclose(np.diff(times), 2 / 16) and times[-1] < 2
@@ -167,9 +167,9 @@ def test_a_fast_device_plays_a_film_and_a_slow_one_shows_every_step(monkeypatch)
     assert steps == [*range(1, 65)] and np.allclose(np.diff(times), 0.5)
 
 
-def test_steps_of_a_fast_drawing_come_together(monkeypatch):
-    """Its program is that of `every_step=True`, which JAX keeps on the disk."""
+def test_steps_of_a_fast_drawing_are_yielded_together(monkeypatch):
+    """The program of `every_step=True` has no callbacks, so JAX can cache it on disk."""
     monkeypatch.setattr(drawing, "STREAMED_SIDE", 9)
-    sampler = SlowSampler()  # which would wait, if each step were asked for
+    sampler = SlowSampler()  # would block if it had to report each step
     steps = [*draw_steps(requested(sampler, count=2))]
     assert [x.step for x in steps] == [1, 2, 3] and not sampler.finished.is_set()

@@ -1,4 +1,4 @@
-"""The tabs of the page, without a browser: what their events return."""
+"""Tests the events of the page's tabs, without a browser."""
 
 import asyncio
 import dataclasses
@@ -26,7 +26,7 @@ from varjax.demo.page import make_page  # noqa: E402
 from varjax.demo.server import serve_page  # noqa: E402
 
 PAINTED = {"layers": [np.full((8, 8, 4), 255, np.uint8)]}
-# Values of the components by label; the state with the picture to edit has none.
+# Values of the components by label. The state that holds the picture to edit has no label.
 REQUEST = {"model": 0, "count": 1, "seed": 0, "classes": [3], None: Image.new("L", (8, 8))}
 REQUEST |= {"class": 3, "mode": "in-paint", "keep_scales": 2, "paste": True}
 REQUEST |= {"paint over the parts to redraw (out-paint: to keep)": PAINTED}
@@ -39,7 +39,7 @@ def no_pauses(monkeypatch):
 
 @dataclasses.dataclass
 class Sampler(FakeSampler):
-    """Draws and edits in a number of steps."""
+    """Draws and edits in `number_of_steps` steps."""
 
     devices: tuple = (jax.local_devices()[0],)
     number_of_steps: int = 3
@@ -56,7 +56,7 @@ class Sampler(FakeSampler):
 
 
 def page_of(model, folder):
-    """Returns the page; where no event loop runs, Gradio would make one and not close it."""
+    """Makes the page inside an event loop; without one, Gradio opens a loop and never closes it."""
 
     async def make():
         return make_page([model], folder)
@@ -65,7 +65,7 @@ def page_of(model, folder):
 
 
 @pytest.mark.parametrize(("keeps_scales", "steps"), [(False, 3), (True, 2)])
-def test_a_page_opens_for_a_model_that_has_no_scales_or_two(tmp_path, keeps_scales, steps):
+def test_a_page_opens_for_models_with_no_scales_or_two(tmp_path, keeps_scales, steps):
     model = DemoModel("fake", Sampler(number_of_steps=steps), keeps_scales=keeps_scales)
     assert page_of(model, tmp_path).fns
 
@@ -89,7 +89,7 @@ def shown(page, model, name, **given):
     return {x.elem_id or getattr(x, "label", None): value for x, value in updates}
 
 
-def test_each_drawing_has_a_file_of_its_own(tmp_path):
+def test_each_drawing_has_its_own_file(tmp_path):
     model = DemoModel("fake", Sampler())
     page = page_of(model, tmp_path)
     downloads = [shown(page, model, "draw_images", seed=seed)["download"] for seed in (0, 1)]
@@ -101,7 +101,7 @@ def test_each_drawing_has_a_file_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("event", "slider"), [("draw_images", "step"), ("edit_picture", "after scale or step")]
 )
-def test_images_of_a_single_step_are_finished_without_a_slider(tmp_path, event, slider):
+def test_a_single_step_has_no_step_slider(tmp_path, event, slider):
     for steps in (1, 3):
         model = DemoModel("fake", Sampler(number_of_steps=steps))
         values = shown(page_of(model, tmp_path), model, event)
@@ -110,18 +110,18 @@ def test_images_of_a_single_step_are_finished_without_a_slider(tmp_path, event, 
 
 
 @pytest.mark.parametrize("event", ["draw_images", "edit_picture", "draw_both"])
-def test_a_request_that_is_stopped_while_it_waits_is_not_computed(tmp_path, event, monkeypatch):
+def test_a_request_stopped_while_waiting_is_not_computed(tmp_path, event, monkeypatch):
     monkeypatch.setattr(playback, "WAIT_SECONDS", 0)
     model = DemoModel("fake", Sampler())
     request = started(page_of(model, tmp_path), model, event)
-    with MODEL_LOCK:  # as a stopped computation still does
+    with MODEL_LOCK:  # as if a stopped computation were still running
         for _ in range(3):
             assert playback.WAITING in next(request).values()
         request.close()
     assert not model.sampler.calls
 
 
-def test_what_belongs_to_earlier_images_is_gone_while_others_are_drawn(tmp_path):
+def test_outputs_of_earlier_images_are_cleared_while_drawing(tmp_path):
     model = DemoModel("fake", Sampler())
     update = next(started(page_of(model, tmp_path), model, "draw_images"))
     values = {component.elem_id: value for component, value in update.items()}
@@ -129,19 +129,19 @@ def test_what_belongs_to_earlier_images_is_gone_while_others_are_drawn(tmp_path)
     assert values["command"] == values["snippet"] == values["link"] == "" and values[None] is None
 
 
-def test_a_note_of_a_stopped_request_does_not_say_that_it_runs(tmp_path):
+def test_the_note_of_a_stopped_request_says_stopped(tmp_path):
     page = page_of(DemoModel("fake", Sampler()), tmp_path)
     ends = [x for x in page.fns.values() if x.name == "end_notes"]
-    assert len(ends) == 3 * 2  # of three tabs, by a button or an error
+    assert len(ends) == 3 * 2  # three tabs, each stopped by a button or an error
     for event in ends:
         for text, ended in ((playback.DRAWING, "stopped"), ("2 images in 1 s", gr.skip())):
-            # The other note of two is empty.
+            # A tab with two notes has text in only one of them.
             values = event.fn(text, *[None] * (len(event.outputs) - 1))
             assert [*values] == event.outputs
             assert [*values.values()] == [ended, *[gr.skip()] * (len(event.outputs) - 1)]
 
 
-def test_a_click_on_the_shown_map_is_one_on_its_scale(tmp_path, monkeypatch):
+def test_a_click_on_a_token_map_uses_its_scale(tmp_path, monkeypatch):
     sampler = Sampler()
     sampler.tokenizer = types.SimpleNamespace(pyramid=Pyramid((1, 2, 4)))
     page = page_of(DemoModel("fake", sampler, keeps_scales=True), tmp_path)
@@ -153,11 +153,11 @@ def test_a_click_on_the_shown_map_is_one_on_its_scale(tmp_path, monkeypatch):
 
     monkeypatch.setattr(inside_tab, "likeliest_codes", likeliest_codes)
     insides, click = (0, np.zeros((1, 21), int)), types.SimpleNamespace(index=[0, 0])
-    for chosen, shown_scale in ((2, 2), (10, 3)):  # the slider has the scales of another model
+    for chosen, shown_scale in ((2, 2), (10, 3)):  # the slider may exceed the model's scales
         assert event.fn(insides, chosen, None, click)[0] == f"scale {shown_scale}"
 
 
-def test_alternatives_of_an_earlier_picture_are_gone(tmp_path, monkeypatch):
+def test_alternatives_of_an_earlier_picture_are_cleared(tmp_path, monkeypatch):
     page = page_of(DemoModel("fake", Sampler()), tmp_path)
     event = next(x for x in page.fns.values() if x.name == "show_insides")
     image_HWC = np.zeros((8, 8, 1), np.uint8)
@@ -169,7 +169,7 @@ def test_alternatives_of_an_earlier_picture_are_gone(tmp_path, monkeypatch):
 
 
 def linked(folder, query):
-    """Returns what a link sets: a value of each control, and whether to draw."""
+    """Returns the value that a link sets for each control, and whether the link draws."""
     page = page_of(DemoModel("fake", Sampler()), folder)
     event = next(x for x in page.fns.values() if x.name == "read_link")
     values = event.fn(types.SimpleNamespace(query_params=dict(urllib.parse.parse_qsl(query, True))))
@@ -185,18 +185,18 @@ def test_a_link_sets_the_controls_that_it_names(tmp_path):
 
 
 @pytest.mark.parametrize("query", ["guidance=1,2,3", "guidance=nan", "guidance=99", "guidance="])
-def test_a_link_with_a_value_that_no_slider_shows_says_why(tmp_path, query):
+def test_a_link_with_a_value_outside_its_slider_shows_a_warning(tmp_path, query):
     with pytest.warns(UserWarning, match="guidance=.* one number from 1 to 10"):
         assert not linked(tmp_path, f"labels=3&{query}")[1]
 
 
-def test_a_link_of_another_model_says_so(tmp_path):
+def test_a_link_with_an_unknown_option_shows_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="diffusion_steps=50: fake has no such option"):
         assert not linked(tmp_path, "labels=3&diffusion_steps=50")[1]
 
 
 @pytest.mark.parametrize(("size", "kept_size"), [((640, 480), (8, 8)), ((6, 9), (6, 9))])
-def test_a_page_keeps_no_more_of_an_upload_than_it_needs(tmp_path, size, kept_size):
+def test_a_page_keeps_only_what_it_needs_of_an_upload(tmp_path, size, kept_size):
     pixels = np.random.default_rng(0).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     page = page_of(DemoModel("fake", Sampler()), tmp_path)
@@ -207,7 +207,7 @@ def test_a_page_keeps_no_more_of_an_upload_than_it_needs(tmp_path, size, kept_si
         assert np.array_equal(image_io.resize_and_crop(kept, (8, 8, 1)), image_HWC)
 
 
-def test_a_page_that_does_not_answer_is_a_message(tmp_path, monkeypatch):
+def test_an_unreachable_page_gives_an_error(tmp_path, monkeypatch):
     def launch(self, **settings):
         self.local_url = "http://127.0.0.1:7860/"
         raise ValueError("When localhost is not accessible, a shareable link must be created.")
