@@ -1,4 +1,4 @@
-"""Benchmarks at the smallest sizes: what they print, not how fast it was."""
+"""Tests what benchmarks print for tiny models; speed is not tested."""
 
 import functools
 import json
@@ -39,7 +39,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def memory(monkeypatch):
-    """The memory of a device: 1 GB before the first call, then 3 GB; a matrix product uses 9."""
+    """Fakes the peak memory of a device: 1 GB, then 3 GB, and 9 GB after a matrix product."""
     used = [1.0, 3.0]
 
     def measure_product(self):
@@ -71,7 +71,7 @@ def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
         assert seconds == pytest.approx(part["seconds"], rel=2e-3)
 
 
-def test_sample_times_disa_without_counting_its_work(capsys, memory):
+def test_sample_times_disa_without_counting_its_flop(capsys, memory):
     disa = "--steps=2", "--diffusion_steps=4:2"
     assert benchmark.main(["sample", "--preset=mar_b", "--batch_size=2", "--repeats=1", *disa]) == 0
     whole, transformer, decoder = lines(capsys)
@@ -84,7 +84,7 @@ def test_sample_times_disa_without_counting_its_work(capsys, memory):
 
 
 class Painter(FakeSampler):
-    """A fake whose image costs a product of (1, 100) and (100, guidance) matrices."""
+    """Fakes a model; an image costs the product of (1, 100) and (100, guidance) matrices."""
 
     params = None
 
@@ -99,7 +99,7 @@ class Painter(FakeSampler):
         return jax.jit(jnp.matmul)(jnp.ones((len(labels), 100)), jnp.ones((100, int(guidance))))
 
 
-def test_model_times_a_model_with_the_options_and_companions_that_are_given(capsys, monkeypatch):
+def test_model_passes_on_the_given_options_and_companions(capsys, monkeypatch):
     given = []
     monkeypatch.setattr(model, "load", lambda *args, **kw: given.append((args, kw)) or Painter())
     flags = ["--weights=a", "--guide=b", "--guidance=3", "--batch_size=12", "--repeats=1"]
@@ -114,14 +114,14 @@ def test_model_times_a_model_with_the_options_and_companions_that_are_given(caps
 
 
 @pytest.mark.slow
-def test_model_counts_the_work_of_a_real_model(capsys):
+def test_model_counts_the_flop_of_a_real_model(capsys):
     flags = [f"--weights={runs.untrained_var()}", "--batch_size=2", "--repeats=1"]
     assert benchmark.main(["model", *flags]) == 0
     (line,) = lines(capsys)
     assert line["model_gflop_per_image"] > 0
 
 
-def test_model_leaves_out_the_work_of_loops_of_unknown_length(capsys, monkeypatch):
+def test_model_omits_flop_if_a_loop_has_an_unknown_length(capsys, monkeypatch):
     def sample(self, labels, seed=0, **options):
         x_BZ = jnp.ones((len(labels), 5))
         return jax.jit(
@@ -157,7 +157,7 @@ def test_evaluate_times_features_and_metrics(capsys, monkeypatch, memory):
     assert benchmark.main(["evaluate", "--images=20", "--side=4", "--repeats=1"]) == 0
     features, *metrics = lines(capsys)
     assert features["part"] == "features" and features["images_at_once"] > 0
-    assert features["peak_memory_gb"] == 1.0  # as it was before the matrix product
+    assert features["peak_memory_gb"] == 1.0  # read before the matrix product
     names = ["fid", "inception_score", "precision_recall", "kid"]
     assert [part["part"] for part in metrics] == names
     assert benchmark.main(["evaluate", "--images=3"]) == 1
@@ -165,7 +165,7 @@ def test_evaluate_times_features_and_metrics(capsys, monkeypatch, memory):
 
 
 @pytest.mark.slow
-def test_checksums_are_timed_beside_what_they_check(capsys, tmp_path):
+def test_checksum_compares_checksums_with_reading(capsys, tmp_path):
     assert benchmark.main(["checksum", "--gigabytes=0.01", f"--folder={tmp_path}"]) == 0
     found = lines(capsys)
     assert [line["part"] for line in found] == ["checkpoint", "safetensors"]
@@ -193,13 +193,13 @@ def test_partitioning_refuses_numbers_that_are_too_small(capsys, flag):
     assert re.search(f"{name}=.*: must be [01] or more", capsys.readouterr().err)
 
 
-def test_settings_of_mar_are_refused_for_var(capsys):
+def test_mar_settings_are_refused_for_var(capsys):
     for command in ("sample --steps=64", "sample --diffusion_steps=9", "parity --steps=8"):
         assert benchmark.main([*command.split(), "--preset=d16"]) == 1
         assert f"{command.split('--')[1]}: has no effect on d16" in capsys.readouterr().err
 
 
-def test_data_reads_in_every_way_it_is_asked_for(capsys):
+def test_data_times_each_stage_for_each_number_of_threads(capsys):
     config = ROOT / "configs" / "digits.py"
     flags = ["--batches=2", "--threads=2,1", "--workers=0", "--config.batch_size=30"]
     assert benchmark.main(["data", f"--config={config}", *flags]) == 0
@@ -219,7 +219,7 @@ def test_data_reads_in_every_way_it_is_asked_for(capsys):
 
 
 @pytest.mark.slow
-def test_train_times_the_step_on_cached_latents_alone(capsys):
+def test_train_times_only_the_step_with_cached_latents(capsys):
     assert benchmark.main(["train", "--batch_size=2", "--repeats=1", "--cached"]) == 0
     (step,) = lines(capsys)
     assert (step["part"], step["cached"]) == ("step", True) and step["model_gflop_per_image"] > 0
@@ -235,12 +235,12 @@ def test_train_refuses_microbatches_that_do_not_divide_the_batch(capsys):
     [
         ("gpu", 1, 10**12, 128),
         ("gpu", 4, 10**12, 4 * 128),
-        ("gpu", 4, 10**9, 4 * 8),  # 100 MB an image, in 0.8 of the memory
+        ("gpu", 4, 10**9, 4 * 8),  # 100 MB per image, in 80 % of the memory
         ("gpu", 2, None, 2 * 32),
         ("cpu", 1, 10**12, 32),
     ],
 )
-def test_auto_gives_each_device_what_sampling_gives_it(
+def test_auto_gives_each_device_the_batch_size_of_sampling(
     monkeypatch, platform, devices, memory, images
 ):
     monkeypatch.setattr(sample, "device_memory", lambda device: memory)
@@ -249,7 +249,7 @@ def test_auto_gives_each_device_what_sampling_gives_it(
 
 
 @pytest.mark.slow
-def test_auto_is_a_batch_size_of_sample(capsys, monkeypatch):
+def test_sample_accepts_batch_size_auto(capsys, monkeypatch):
     monkeypatch.setattr(sample, "device_memory", lambda device: 10**7)
     assert benchmark.main(["sample", "--batch_size=auto", "--repeats=1"]) == 0
     for line in lines(capsys):

@@ -9,7 +9,7 @@ ENTRY %main (x: f32[1024]) -> f32[256] {
 }
 """
 GROUPS = "replica_groups={{0,1,2,3}}, to_apply=%add"
-MOST = 3 / 4 * 4096  # bytes: each of four devices sends three quarters of the 1,024 numbers
+MOST = 3 / 4 * 4096  # bytes; each of four devices sends three quarters of 1,024 float32 numbers
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,6 @@ MOST = 3 / 4 * 4096  # bytes: each of four devices sends three quarters of the 1
         ),
     ],
 )
-def test_a_ring_sends_all_but_a_device_s_own_part_of_the_whole_array(operation, kind, sent):
+def test_a_ring_sends_all_but_the_device_s_own_part(operation, kind, sent):
     found = count_traffic(HLO.replace("OPERATION", operation))
     assert {name: traffic.bytes for name, traffic in found.items()} == {kind: sent}

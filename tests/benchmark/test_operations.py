@@ -1,4 +1,4 @@
-"""Which single operations are measured on which devices, and what counts as their work."""
+"""Tests which operations are measured on each platform, and how their FLOP are counted."""
 
 import contextlib
 import importlib.machinery
@@ -21,7 +21,7 @@ DROPOUT = "attention with dropout, 320 tokens"
 
 
 def attention(platform, dtype):
-    """The operations on attention of d16 by (part, implementation)."""
+    """Returns the attention operations measured with d16, by (part, implementation)."""
     compute = ComputeConfig(dtype, platform=platform)
     task = benchmark_of("d16").training_task("d16", compute)
     found = (o for o in operations(task, 8, compute) if "attention" in o.part)
@@ -38,7 +38,7 @@ def attention(platform, dtype):
         ("tpu", "float32", (680, 2240), ("xla",), "xla"),
     ],
 )
-def test_attention_in_training_is_measured_by_what_the_device_has(
+def test_attention_is_measured_with_the_implementations_of_the_platform(
     platform, dtype, tokens, implementations, dropout
 ):
     found = attention(platform, dtype)
@@ -47,14 +47,14 @@ def test_attention_in_training_is_measured_by_what_the_device_has(
     assert set(found) == training | sampling | {(DROPOUT, dropout)}
 
 
-def test_the_work_in_training_is_that_of_values_and_gradients_within_the_mask():
+def test_training_flop_cover_values_and_gradients_within_the_mask():
     found = attention("tpu", "bfloat16")
 
     def work(part, implementation):
         operation = found[part, implementation]
         return flops.count(operation.plain, *operation.shapes)
 
-    product = 2 * 8 * 12 * 320**2 * 64  # one of MAR-B's decoder, for 8 images
+    product = 2 * 8 * 12 * 320**2 * 64  # one product in MAR-B's decoder, for 8 images
     assert work(DROPOUT, "xla") == 6 * product  # two forward, four backward
     whole = 6 * 2 * 8 * 16 * 680**2 * 64
     assert 0.5 * whole < work(TRAINING.format(680), "xla") < 0.8 * whole
@@ -62,7 +62,7 @@ def test_the_work_in_training_is_that_of_values_and_gradients_within_the_mask():
 
 
 class Tensor:
-    """A stand-in for PyTorch's, which only has a shape."""
+    """Stands in for a PyTorch tensor; it has only a shape."""
 
     def __init__(self, *shape):
         self.shape = shape
@@ -86,7 +86,7 @@ class Tensor:
 
 @pytest.fixture
 def torch(monkeypatch):
-    """A PyTorch that computes nothing, and a list of the shapes that its functions were given."""
+    """Installs a PyTorch that computes nothing, and returns the list of its calls."""
     called = []
 
     def function(name):
@@ -114,7 +114,7 @@ def torch(monkeypatch):
     return called
 
 
-def test_pytorch_measures_operations_of_the_same_names_shapes_and_work(capsys, torch):
+def test_pytorch_operations_have_the_same_names_shapes_and_flop(capsys, torch):
     flags = ["--preset=d16", "--torch", "--batch_size=2", "--repeats=1", "--dtype=float32"]
     assert benchmark.main(["operations", *flags]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -132,12 +132,12 @@ def test_pytorch_measures_operations_of_the_same_names_shapes_and_work(capsys, t
         operation = ours[line["part"]]
         work = flops.count(operation.plain, *operation.shapes)
         assert line["tflops"] * line["milliseconds"] * 1e9 == pytest.approx(work, rel=2e-3)
-    shapes = (4, 16, 256, 64), (4, 16, 680, 64), (4, 16, 680, 64)  # two streams, for guidance
+    shapes = (4, 16, 256, 64), (4, 16, 680, 64), (4, 16, 680, 64)  # two streams for guidance
     assert ("scaled_dot_product_attention", *shapes, {}) in torch
     assert ("conv2d", (2, 160, 256, 256), (160, 160, 3, 3), {"padding": 1}) in torch
 
 
-def test_without_pytorch_it_says_so(capsys, monkeypatch):
+def test_missing_pytorch_is_reported(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert benchmark.main(["operations", "--torch"]) == 1

@@ -1,4 +1,4 @@
-"""The report of a machine: all parts at the smallest sizes, limits, and what a stop leaves."""
+"""Tests `varjax benchmark report`: all parts with tiny models, time limits, interruptions."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ LINE = {"part": "whole", "device": "cpu", "seconds": 0.5, "images_per_second": 2
 
 
 def run_here(arguments, seconds):
-    """Runs a part in this process, whose models are tiny."""
+    """Runs a part in this process, where models are tiny."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         code = benchmark.main(arguments)
@@ -35,7 +35,7 @@ def test_all_parts_run_on_a_cpu(tmp_path, monkeypatch, tiny):  # noqa: F811
     monkeypatch.setattr(evaluate, "random_inception_network", pixel_network)
     monkeypatch.setattr(evaluate, "FEATURES", 12)
     monkeypatch.setattr(evaluate, "COMPARED_IMAGES", 20)
-    # Batches as those of other tests, which have compiled these programs already.
+    # Other tests have already compiled the programs for these batch sizes.
     commands = [
         part.cpu.replace("=500", "=20 --side=8").replace("batch_size=1", "batch_size=2")
         for part in report.PARTS
@@ -61,22 +61,22 @@ def test_all_parts_run_on_a_cpu(tmp_path, monkeypatch, tiny):  # noqa: F811
     assert lines["operations", "attention with dropout, 18 tokens"]["tflops"] > 0
     once, thrice = (lines["operations", f"encoder {name}"] for name in ("highest", "tf32_3x"))
     work = [line["tflops"] * line["milliseconds"] for line in (once, thrice)]
-    assert work[0] == pytest.approx(work[1], rel=2e-3)  # of the model, not of its passes
+    assert work[0] == pytest.approx(work[1], rel=2e-3)  # FLOP of the model, not of its three passes
     assert lines["parity", "decoder"]["relative_error"] < 1e-5
     assert lines["parity", "loss and gradient"]["relative_error"] < 1e-5
 
 
 @pytest.mark.slow
 def test_parity_compares_mar_and_its_tokenizer_too(monkeypatch, tiny):  # noqa: F811
-    # Its sampling program is that of test_benchmark.py.
+    # test_benchmark.py covers the sampling program.
     monkeypatch.setattr(parity, "compared_images", lambda *_: {"part": "sample"})
     _, *lines = run_here(["parity", "--preset=mar_b"], 0)["lines"]
     assert {line["part"] for line in lines} == {"encoder", "decoder", "loss and gradient"}
-    assert all(line["relative_error"] < 1e-5 for line in lines)  # of latents, which are no tokens
+    assert all(line["relative_error"] < 1e-5 for line in lines)  # MAR encodes latents, not tokens
 
 
-def test_commands_of_accelerators_are_read_by_their_parsers(monkeypatch):
-    """Nothing is measured: the first thing after the parsers says so."""
+def test_accelerator_commands_are_accepted_by_their_parsers(monkeypatch):
+    """Nothing is measured: the first function called after parsing raises `Read`."""
 
     class Read(Exception):
         pass
@@ -94,7 +94,7 @@ def test_commands_of_accelerators_are_read_by_their_parsers(monkeypatch):
             benchmark.main(part.command.split())
 
 
-def test_no_part_begins_after_the_time_and_the_first_get_what_is_left(tmp_path, monkeypatch):
+def test_no_part_begins_after_the_total_time_limit(tmp_path, monkeypatch):
     now, limits = [0.0], []
 
     def run(arguments, seconds):
@@ -110,7 +110,7 @@ def test_no_part_begins_after_the_time_and_the_first_get_what_is_left(tmp_path, 
     assert "| whole | 500 | 2 |" in (tmp_path / "report.md").read_text()
 
 
-def test_results_are_kept_when_the_report_is_stopped(tmp_path):
+def test_results_are_kept_when_the_report_is_interrupted(tmp_path):
     def run(arguments, seconds):
         if arguments == ["b"]:
             raise KeyboardInterrupt
@@ -131,7 +131,7 @@ def test_results_are_kept_when_the_report_is_stopped(tmp_path):
         ("print('{\"part\": 1}', flush=True); import time; time.sleep(60)", "over", 1, None),
     ],
 )
-def test_a_part_is_a_process_with_a_limit(monkeypatch, code, state, lines, error):
+def test_a_part_runs_in_a_process_with_a_time_limit(monkeypatch, code, state, lines, error):
     start = subprocess.run
 
     def run(command, **options):
@@ -156,16 +156,16 @@ def test_a_part_is_a_process_with_a_limit(monkeypatch, code, state, lines, error
         ("TPU v5 lite", "train --preset=d16 --batch_size=24", "step", 38),
     ],
 )
-def test_each_command_has_the_expectation_that_the_pages_derive(device, command, part, expected):
+def test_expected_speeds_are_as_derived_in_the_docs(device, command, part, expected):
     assert expected_speed(device, command, part) == pytest.approx(expected, rel=0.01)
 
 
-def test_expectations_are_of_commands_that_the_report_runs():
+def test_expected_speeds_are_of_commands_in_the_report():
     commands = {part.command for part in report.PARTS}
     assert {command for _, command, _, _ in EXPECTED} <= commands
 
 
-def test_expectations_are_those_of_the_device_and_the_command():
+def test_expected_speeds_depend_on_the_device_and_command():
     h200, auto = "NVIDIA H200", "sample --preset=d16 --batch_size=auto"
     assert expected_speed(h200, auto, "whole") == pytest.approx(306, rel=0.01)
     assert expected_speed(h200, auto, "decoder") is None
@@ -178,7 +178,7 @@ def test_expectations_are_those_of_the_device_and_the_command():
     assert "| whole | 500 | 2 | 306 | 2 | 0.00101 |" in report_page(CPU, on_two)
 
 
-def test_a_report_that_exists_or_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
+def test_an_existing_or_unwritable_report_is_refused_before_measuring(tmp_path, capsys):
     (tmp_path / "report.json").write_text('{"machine": {}, "parts": []}')
     for flags, message in {
         (f"--out={tmp_path}",): "has a report already",
@@ -189,7 +189,7 @@ def test_a_report_that_exists_or_cannot_be_written_is_refused_before_measuring(t
         assert message in capsys.readouterr().err
 
 
-def test_a_report_that_found_no_device_can_be_started_again(tmp_path, monkeypatch, capsys):
+def test_a_report_that_found_no_device_can_be_restarted(tmp_path, monkeypatch, capsys):
     found, probes = [], iter(["raise SystemExit('no device')", f"print({json.dumps(CPU)!r})"])
     monkeypatch.setattr(report, "measure_parts", lambda parts, *_: found.append(parts) or [])
     for code, stated in ((1, "JAX cannot use a device here: no device"), (0, "the same as")):
@@ -199,7 +199,7 @@ def test_a_report_that_found_no_device_can_be_started_again(tmp_path, monkeypatc
     assert len(found) == 1
 
 
-def test_pytorch_s_times_stand_in_the_rows_of_the_same_operations():
+def test_pytorch_times_are_in_the_rows_of_the_same_operations():
     setting = {"benchmark": "operations", "preset": "d16", "batch_size": 8, "dtype": "bfloat16"}
     setting |= {"device": "NVIDIA H200", "tflops": 1.0}
     ours = [
@@ -222,12 +222,12 @@ def test_pytorch_s_times_stand_in_the_rows_of_the_same_operations():
         ["| attention", "2", "7"], ["| attention", "2", "7"], ["| encoder", "2", ""]
     ]  # fmt: skip
     assert "implementation cudnn" in page and "PyTorch ms: torch 2.13.0 on cpu." in page
-    # What has no row of its own to be in is still shown, with the library and its device.
+    # An operation measured only by PyTorch has its own row, with the library and its device.
     assert rows[7][:2] == ["| convolution", "7"] and len(rows) == 8
     assert "library torch 2.13.0; torch_device cpu" in page
 
 
-def test_the_page_lists_the_parts_in_their_order():
+def test_the_documentation_lists_the_parts_in_order():
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     listed = page[page.index("\n1. `parity`") : page.index("After each part, `report/")]
     names = [name for name in re.findall(r"`(\w+)`", listed) if name in benchmark.NAMES]
@@ -241,7 +241,7 @@ def test_limits_leave_time_for_the_most_valuable_parts():
     assert sum(part.seconds for part in report.PARTS) <= 22 * 60  # as the page says
 
 
-def test_parity_says_first_what_needs_no_cpu(monkeypatch, capsys, tiny):  # noqa: F811
+def test_parity_prints_first_what_needs_no_cpu(monkeypatch, capsys, tiny):  # noqa: F811
     monkeypatch.setattr(parity, "compared_images", lambda *_: {"part": "sample"})
     monkeypatch.setattr(parity, "compared_with_cpu", lambda *_: iter([{"part": "encoder"}]))
     assert benchmark.main(["parity"]) == 0

@@ -1,4 +1,4 @@
-"""Documented figures that are measured again: which commands run, and what is compared."""
+"""Tests `varjax benchmark table`: which commands run, and how figures are compared."""
 
 import json
 import re
@@ -14,7 +14,7 @@ NOW = {"jax": "0.10.2", "processor": "Pentium"}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.command} {row.part} {row.jax}")
-def test_a_row_is_on_the_page(row):
+def test_each_row_is_in_the_documentation(row):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     sections = [s for s in re.split(r"^#+ ", page, flags=re.M) if f"benchmark {row.command}" in s]
     number = re.escape(f"{row.documented:.2f}".rstrip("0").rstrip("."))
@@ -32,9 +32,7 @@ def test_a_row_is_on_the_page(row):
         ("seconds", 10, {"seconds": 10.0, "matmul_gflops": 200.0}, 0.5),  # on a faster machine
     ],
 )
-def test_a_ratio_below_1_is_slower_than_the_matrix_product_explains(
-    figure, documented, line, ratio
-):
+def test_a_ratio_below_1_is_slower_than_documented(figure, documented, line, ratio):
     row = Row("data", "a", figure, documented, "", 9, matmul_gflops=100)
     result = {"state": "done", "lines": [{"part": "b"}, {"part": "a"} | line | NOW]}
     (compared,) = measured_rows([row], lambda *_: result)
@@ -42,7 +40,7 @@ def test_a_ratio_below_1_is_slower_than_the_matrix_product_explains(
     assert (compared["jax_now"], compared["processor_now"]) == ("0.10.2", "Pentium")
 
 
-def test_short_commands_of_this_machine_run_once_and_are_compared(capsys, monkeypatch):
+def test_short_commands_run_once_and_are_compared(capsys, monkeypatch):
     ran = []
 
     def run(arguments, seconds):
@@ -53,7 +51,7 @@ def test_short_commands_of_this_machine_run_once_and_are_compared(capsys, monkey
     monkeypatch.setattr(table, "run_part", run)
     monkeypatch.setattr(table, "describe_machine", lambda: {"platform": "cpu"})
     monkeypatch.setattr(table.importlib.util, "find_spec", lambda name: None)
-    assert benchmark.main(["table"]) == 1  # one figure is missing
+    assert benchmark.main(["table"]) == 1  # figures are missing
     assert ran == [("evaluate --images=10000", 120)]
     output = capsys.readouterr().out.splitlines()
     lines = [json.loads(line) for line in output if line.startswith("{")]
@@ -63,10 +61,10 @@ def test_short_commands_of_this_machine_run_once_and_are_compared(capsys, monkey
     assert benchmark.main(["table", "--minutes=20"]) == 1
     commands = [command for command, _ in ran[1:]]
     assert len(commands) == len(set(commands)) > 3
-    assert not any(command.startswith("tpu ") for command in commands)  # without their compiler
+    assert not any(command.startswith("tpu ") for command in commands)  # libtpu is missing
 
 
-def test_a_machine_without_any_row_says_what_is_missing(capsys, monkeypatch):
+def test_without_rows_for_this_machine_the_error_gives_advice(capsys, monkeypatch):
     monkeypatch.setattr(table, "describe_machine", lambda: {"platform": "gpu"})
     monkeypatch.setattr(table.importlib.util, "find_spec", lambda name: None)
     assert benchmark.main(["table", "--minutes=99"]) == 1

@@ -1,4 +1,4 @@
-"""Estimates for TPUs: reading the compiler's cycles, and, where libtpu is, compiling."""
+"""Tests TPU estimates: reading the compiler's cycles and, if libtpu is installed, compiling."""
 
 import functools
 import importlib.util
@@ -54,13 +54,13 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """  # noqa: E501  (as the compiler writes it)
 
 
-def test_cycles_count_as_often_as_they_run_and_keep_their_path():
+def test_cycles_in_loops_are_multiplied_and_keep_their_path():
     assert sorted(tpu.estimated_cycles(HLO)) == [
         ("", 1000), ("jit(f)/while/body/attention/exp", 30_000)
     ]  # fmt: skip
 
 
-def test_kernels_without_an_estimate_count_as_often_as_they_run_and_hide_the_share_of_the_peak():
+def test_kernels_without_an_estimate_are_counted_and_hide_peak_share():
     kernel = '%k = f32[8]{0} custom-call(%g), custom_call_target="tpu_custom_call", backend_config='
     other = '%o = f32[8]{0} custom-call(%g), custom_call_target="Sharding"'
     known, unknown = kernel + '{"estimated_cycles":"5"}', kernel + '{"custom_call_config":{}}'
@@ -91,13 +91,13 @@ def test_kernels_without_an_estimate_count_as_often_as_they_run_and_hide_the_sha
         ("jit(f)/VAR/while/body/dynamic_slice", "rest"),
     ],
 )
-def test_an_instruction_s_path_tells_its_category(path, expected):
+def test_the_path_of_an_instruction_gives_its_category(path, expected):
     assert tpu.category(path) == expected
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """A transformer of two layers in place of d16."""
+    """Replaces the presets by a transformer of two layers."""
     small = VARConfig(2, 256, 4, classes=10, scales=(1, 8, 16))
     monkeypatch.setattr(VARConfig, "preset", lambda name: small)
     return small
@@ -105,8 +105,8 @@ def small(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small, dtype):
-    """The FLOP of the pieces, compiled for nothing, are those of the whole."""
+def test_pieces_of_sampling_and_training_have_the_flop_of_the_whole(small, dtype):
+    """Compares counted FLOP; nothing is compiled."""
     compute = ComputeConfig(dtype, attention_impl="xla", platform="tpu")
 
     def work(programs):
@@ -119,7 +119,8 @@ def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small, dtype):
     assert work(sampling[0]) == work(sampling[1])
     training = [pieces.training("d16", 2, compute, False, parts) for parts in (False, True)]
     assert [p.name for p in training[1]] == ["encoder", "gradient", "update"]
-    # From tokens the pieces rebuild what the encoder of the whole gives at once: a hundredth.
+    # The gradient piece rebuilds the inputs from tokens, at about 1 % of the FLOP. In the whole
+    # step, the quantizer returns them.
     assert work(training[0]) == pytest.approx(work(training[1]), rel=0.02)
     cached = pieces.training("d16", 2, compute, True, False)
     assert work(cached) == pytest.approx(work(training[1][1:]), rel=1e-6)
@@ -149,7 +150,7 @@ def test_the_step_and_its_gradient_loop_over_microbatches(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_refiner_takes_the_place_of_the_model_at_the_fine_scales(monkeypatch):
+def test_a_refiner_replaces_the_model_at_the_fine_scales(monkeypatch):
     depths = {"d20": 3, "d16": 1}
     monkeypatch.setattr(
         VARConfig, "preset", lambda name: VARConfig(depths[name], 64, 2, classes=10, scales=(1, 2))
@@ -165,7 +166,7 @@ def test_a_refiner_takes_the_place_of_the_model_at_the_fine_scales(monkeypatch):
     assert 0 < work("d20", "d16", 1) < work("d20")
 
 
-def test_flags_that_would_do_nothing_are_refused():
+def test_flags_without_effect_are_refused():
     for flags, problem in (
         (["--what=encode", "--parts"], "parts=True: .* --what=sample or train"),
         (["--what=decode", "--parts"], "parts=True: .* --what=sample or train"),
@@ -186,7 +187,7 @@ def test_flags_that_would_do_nothing_are_refused():
             tpu.main(["--preset=d30", *flags])
 
 
-def test_pieces_count_as_often_as_they_run(monkeypatch, capsys):
+def test_pieces_are_counted_as_often_as_they_run(monkeypatch, capsys):
     def estimate(program, compute, device):
         return tpu.Estimate({"rest": 1.0}, 0, 0, 1.0, 0, 0, 0.0)
 
@@ -195,9 +196,9 @@ def test_pieces_count_as_often_as_they_run(monkeypatch, capsys):
     flags = ["--preset=mar_b", "--batch_size=2", "--steps=4", "--diffusion_steps=6:2", "--parts"]
     tpu.main(flags)
     *parts, _, total = map(json.loads, capsys.readouterr().out.splitlines())
-    denoising = [6, 4, 3, 2]  # 2 + floor((3 - k) / 3 · 4)
+    denoising = [6, 4, 3, 2]  # 2 + floor((3 - k) / 3 · 4) for step k
     assert sum(x["times"] for x in parts if x["part"].startswith("denoising")) == sum(denoising)
-    assert total["ms"] == 4 + sum(denoising) + 1  # and the decoder
+    assert total["ms"] == 4 + sum(denoising) + 1  # transformer, denoising, decoder
 
 
 ESTIMATE = """
@@ -219,7 +220,7 @@ tpu.main(sys.argv[1:])
 def test_pieces_take_as_long_as_the_whole():
     def total(*flags):
         command = [sys.executable, "-c", ESTIMATE, "--preset=d16", "--batch_size=8", *flags]
-        # libtpu ends a process at once for flags of XLA's that it does not know.
+        # libtpu aborts the process on XLA flags that it does not know.
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         done = forked.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -232,7 +233,7 @@ def test_pieces_take_as_long_as_the_whole():
     assert total("--parts") == pytest.approx(total(), rel=0.15)
 
 
-def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
     def missing(*_):
         raise RuntimeError("JAX TPU support not installed")
 
