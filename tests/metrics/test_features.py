@@ -1,4 +1,4 @@
-"""Features do not depend on batches or devices, sets of images are read alike, and kept."""
+"""Tests feature extraction, the reading of image sets, and cached reference statistics."""
 
 import dataclasses
 import hashlib
@@ -41,7 +41,7 @@ for devices in (jax.devices(), jax.devices()[:1]):
 
 
 def convolution() -> FeatureNetwork:
-    """A small network whose sums a compiler may order by the size of the batch."""
+    """Returns a small network whose order of summation may depend on the batch size."""
     kernel = np.random.default_rng(1).normal(size=(5, 5, 3, 16)).astype(np.float32)
 
     def apply(params, image_BHWC):
@@ -55,7 +55,7 @@ def convolution() -> FeatureNetwork:
     return FeatureNetwork({"features": "convolution"}, kernel, apply)
 
 
-def test_every_batch_size_gives_the_same_bits():
+def test_features_are_bit_identical_for_every_batch_size():
     extract = FeatureExtractor(convolution(), jax.devices()[:1])
     whole = extract(IMAGES_NHWC)["pool_ND"]
     for size in (1, 7, 64):
@@ -64,7 +64,7 @@ def test_every_batch_size_gives_the_same_bits():
 
 
 @pytest.mark.slow
-def test_eight_devices_give_the_bits_of_one():
+def test_features_are_bit_identical_on_eight_devices_and_one():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", DEVICES]
     done = forked.run(command, env=environment, capture_output=True, text=True)
@@ -72,7 +72,7 @@ def test_eight_devices_give_the_bits_of_one():
     assert eight == one and len(one) == 23 * 16 * 8, done.stderr
 
 
-def test_gray_counts_the_same_with_one_channel_or_three():
+def test_gray_images_have_equal_features_with_one_or_three_channels():
     extract = FeatureExtractor(pixel_network())
     gray = IMAGES_NHWC[..., :1]
     one = extract(gray)["pool_ND"]
@@ -83,7 +83,7 @@ def test_gray_counts_the_same_with_one_channel_or_three():
     assert feature_sizes(extract.network, (12, 12, 1)) == {"pool_ND": 432}
 
 
-def test_networks_and_images_that_do_not_do_are_refused():
+def test_unknown_networks_and_invalid_images_are_refused():
     for arguments, message in (
         (("vgg", ""), "features=vgg: allowed are inception, pixels"),
         (("pixels", "somewhere"), "features=pixels needs no weights"),
@@ -119,7 +119,7 @@ def test_an_npz_is_read_part_by_part(tmp_path, compressed):
     assert images.shape == (23, 12, 12, 3)
     np.testing.assert_array_equal(images.label_N, label_N)
     np.testing.assert_array_equal(read_all(images), IMAGES_NHWC)
-    later = dict(images.parts([range(5, 6), range(20, 23)]))  # after a kill
+    later = dict(images.parts([range(5, 6), range(20, 23)]))  # only missing parts, as after a kill
     np.testing.assert_array_equal(later[range(20, 23)], IMAGES_NHWC[20:])
     np.savez(tmp_path / "y.npz", arr_0=IMAGES_NHWC[::-1])
     assert open_image_set(tmp_path / "y.npz").digest != images.digest
@@ -134,7 +134,7 @@ def test_a_folder_is_read_in_order_with_its_classes(tmp_path):
     np.testing.assert_array_equal(read_all(images), IMAGES_NHWC[:3])
     write_folder(tmp_path / "b", IMAGES_NHWC[:3], ["cat/1.png", "dog/1.png", "cat/0.png"])
     images = open_image_set(tmp_path / "b")
-    assert images.label_N is None  # a classifier may know cats as class 3
+    assert images.label_N is None  # the folder names do not say how a classifier numbers them
     np.testing.assert_array_equal(read_all(images), IMAGES_NHWC[[2, 0, 1]])
     write_folder(tmp_path / "c", IMAGES_NHWC[:2, ..., 0], ["0.png", "1.png"])
     images = open_image_set(tmp_path / "c")
@@ -142,7 +142,7 @@ def test_a_folder_is_read_in_order_with_its_classes(tmp_path):
     np.testing.assert_array_equal(read_all(images)[..., 1], IMAGES_NHWC[:2, ..., 0])
 
 
-def test_transparent_images_have_the_pixels_that_they_have_in_a_dataset(tmp_path):
+def test_alpha_is_dropped_from_transparent_images_as_in_a_dataset(tmp_path):
     alpha_NHW1 = IMAGES_NHWC[:3, ..., :1]
     rgba_NHWC = np.concatenate([IMAGES_NHWC[:3], alpha_NHW1], axis=-1)
     names = ["train/cat/0.png", "train/cat/1.png", "val/cat/0.png"]
@@ -150,7 +150,7 @@ def test_transparent_images_have_the_pixels_that_they_have_in_a_dataset(tmp_path
     np.testing.assert_array_equal(read_all(open_image_set(tmp_path / "x")), IMAGES_NHWC[:3])
     dataset = DatasetImages(Folder(str(tmp_path / "x"), size=12, crop="center"), "train")
     np.testing.assert_array_equal(read_all(dataset), IMAGES_NHWC[:2])
-    # Older versions put them on white, so only their digests have changed.
+    # Older versions put transparent images on white, so the digests of these must have changed.
     write_folder(tmp_path / "opaque", IMAGES_NHWC[:1], ["0.png"])
     for folder, same in (("opaque", True), ("x", False)):
         lines = hashlib.sha256()
@@ -160,7 +160,7 @@ def test_transparent_images_have_the_pixels_that_they_have_in_a_dataset(tmp_path
         assert (open_image_set(tmp_path / folder).digest == lines.hexdigest()) == same
 
 
-def test_what_holds_no_images_is_refused(tmp_path):
+def test_files_and_folders_without_valid_images_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
     np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(IMAGES_NHWC))
@@ -187,7 +187,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
             open_image_set(tmp_path / name)
 
 
-def test_statistics_of_images_are_kept_and_go_on_after_a_kill(tmp_path, monkeypatch):
+def test_image_statistics_are_cached_and_resumed_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(image_sets, "IMAGES_PER_PART", 10)
     np.savez(tmp_path / "x.npz", arr_0=IMAGES_NHWC)
     images, cache = open_image_set(tmp_path / "x.npz"), tmp_path / "cache"
@@ -215,7 +215,7 @@ def test_statistics_of_images_are_kept_and_go_on_after_a_kill(tmp_path, monkeypa
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
 
 
-def test_damaged_features_and_statistics_are_made_again(tmp_path, monkeypatch, capsys):
+def test_damaged_features_and_statistics_are_recomputed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(image_sets, "IMAGES_PER_PART", 10)
     np.savez(tmp_path / "x.npz", arr_0=IMAGES_NHWC)
     images, cache = open_image_set(tmp_path / "x.npz"), tmp_path / "cache"
@@ -241,7 +241,7 @@ def test_damaged_features_and_statistics_are_made_again(tmp_path, monkeypatch, c
     assert calls == [10, 10, 3, 10, 3]
     assert f"{first} is deleted and will be made again" in capsys.readouterr().err
     (statistics,) = cache.iterdir()
-    content, pool_MD = statistics.read_bytes(), np.array(reference.pool_MD)  # it is a memory map
+    content, pool_MD = statistics.read_bytes(), np.array(reference.pool_MD)  # copies the mmap
     flip(statistics)
     again = references.reference_of_images(images, images.digest, extract, cache)
     assert calls[5:] == [10, 10, 3] and statistics.read_bytes() == content
@@ -249,7 +249,7 @@ def test_damaged_features_and_statistics_are_made_again(tmp_path, monkeypatch, c
     np.testing.assert_array_equal(again.pool_MD, pool_MD)
 
 
-def test_statistics_in_a_file_are_taken_as_they_are(tmp_path):
+def test_statistics_in_a_file_are_used_as_they_are(tmp_path):
     extract = FeatureExtractor(pixel_network())
     moments = Moments.of(extract(IMAGES_NHWC[..., :1])["pool_ND"])
     arrays = {"mu": moments.mean_D, "sigma": moments.covariance_DD}
@@ -281,7 +281,7 @@ def test_statistics_in_a_file_are_taken_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("name", ["mu", "sigma"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_statistics_that_are_not_finite_are_refused_before_any_sampling(tmp_path, name, value):
+def test_statistics_that_are_not_finite_are_refused(tmp_path, name, value):
     arrays = {"mu": np.zeros(3), "sigma": np.eye(3)}
     arrays[name].flat[-1] = value
     path, sizes = tmp_path / "x.npz", {"pool_ND": 3}
@@ -291,8 +291,8 @@ def test_statistics_that_are_not_finite_are_refused_before_any_sampling(tmp_path
         references.read_reference(path, extract, tmp_path, sizes)
 
 
-def test_large_members_that_are_not_needed_are_never_read(tmp_path, monkeypatch):
-    """Statistics of other features, and labels of another number of images."""
+def test_npz_members_that_do_not_fit_are_never_read(tmp_path, monkeypatch):
+    """The headers show that statistics are of other features, or labels of other images."""
     reads = []
     read = NpzArchive.read
     monkeypatch.setattr(NpzArchive, "read", lambda self, n: reads.append(n) or read(self, n))
@@ -306,7 +306,7 @@ def test_large_members_that_are_not_needed_are_never_read(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["npz", "folder", "dataset"])
-def test_a_part_is_read_while_the_one_before_is_used(tmp_path, monkeypatch, kind):
+def test_the_next_part_is_read_while_one_is_used(tmp_path, monkeypatch, kind):
     second_part_read = threading.Event()
 
     def watch(owner, name, is_second_part):
@@ -336,14 +336,14 @@ def test_a_part_is_read_while_the_one_before_is_used(tmp_path, monkeypatch, kind
     assert [len(images_NHWC) for _, images_NHWC in parts] == [3]
 
 
-def test_a_dataset_is_read_as_for_its_evaluation():
+def test_a_dataset_is_read_as_in_evaluation():
     images = DatasetImages(Digits(), "held_out")
     source = Digits().source("held_out")
     np.testing.assert_array_equal(read_all(images, 100), source.images_NHWC)
     assert images.digest != DatasetImages(Digits(), "train").digest
 
 
-def test_a_broken_image_of_a_dataset_is_skipped_as_in_training(tmp_path, monkeypatch, capsys):
+def test_broken_images_of_a_dataset_are_skipped_as_in_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(image_sets, "IMAGES_PER_PART", 50)
     shape = 4, 4, 3
     data = FakeImages(size=201, broken=(7, 200), image_shape=shape)  # the last part has one image
@@ -366,7 +366,7 @@ def test_a_broken_image_of_a_dataset_is_skipped_as_in_training(tmp_path, monkeyp
         read_all(bad, 50)
 
 
-def test_hidden_folders_of_samples_do_not_count_and_are_said(tmp_path, capsys):
+def test_hidden_folders_are_skipped_and_reported(tmp_path, capsys):
     for name in ("a.png", "b/c.png", ".ipynb_checkpoints/a.png", "b/.old/x/d.png", "b/.e.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(IMAGES_NHWC[0]).save(tmp_path / name)
@@ -374,7 +374,7 @@ def test_hidden_folders_of_samples_do_not_count_and_are_said(tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"{tmp_path}/.ipynb_checkpoints is hidden and skipped (images: 1)" in said
     assert f"{tmp_path}/b/.old is hidden" in said and said.count("is hidden") == 2
-    assert open_image_set(tmp_path / ".ipynb_checkpoints").shape[0] == 1  # asked for by name
+    assert open_image_set(tmp_path / ".ipynb_checkpoints").shape[0] == 1  # given by name
 
 
 def test_features_that_are_not_finite_are_refused():

@@ -1,4 +1,4 @@
-"""FID and its kin against the official numbers, closed forms and their own definitions."""
+"""Tests FID and related metrics against official values, closed forms and definitions."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ OUTPUTS = weights.case("metrics")["outputs"]
 
 
 def golden_features():
-    """(samples, reference, logits), by the recipe in metrics.json."""
+    """Returns (samples, reference, logits), made by the recipe in metrics.json."""
     rng = np.random.RandomState(5)
     base = rng.standard_normal((64, 64)) / 8
     reference = np.maximum(rng.standard_normal((700, 64)) @ base + 0.3, 0)
@@ -24,15 +24,15 @@ def golden_features():
 SAMPLES, REFERENCE, LOGITS = golden_features()
 
 
-def test_fid_is_the_official_one():
+def test_fid_matches_the_official_value():
     reference = Moments.of(REFERENCE)
     expected = OUTPUTS["fid"]["frechet_inception_distance"]
     assert frechet_distance(Moments.of(SAMPLES), reference) == pytest.approx(expected, rel=1e-6)
-    few = OUTPUTS["few_samples_fid"]["frechet_inception_distance"]  # of a singular covariance
+    few = OUTPUTS["few_samples_fid"]["frechet_inception_distance"]  # the covariance is singular
     assert frechet_distance(Moments.of(SAMPLES[:40]), reference) == pytest.approx(few, rel=1e-6)
 
 
-def test_the_inception_score_is_the_official_one():
+def test_the_inception_score_matches_the_official_value():
     score, std = fid.inception_score(LOGITS, split=100)
     assert score == pytest.approx(OUTPUTS["isc_no_shuffle"]["inception_score_mean"], rel=1e-6)
     assert std == pytest.approx(OUTPUTS["isc_no_shuffle"]["inception_score_std"], rel=1e-5)
@@ -40,21 +40,21 @@ def test_the_inception_score_is_the_official_one():
     assert std == 0  # one split
 
 
-def test_precision_and_recall_are_the_official_ones(monkeypatch):
+def test_precision_and_recall_match_the_official_values(monkeypatch):
     found = fid.precision_recall(SAMPLES, REFERENCE)
     np.testing.assert_allclose(found, OUTPUTS["prc"], rtol=1e-6)
     monkeypatch.setattr(fid, "DISTANCE_BLOCK", 128)  # more than one block in either direction
     assert fid.precision_recall(SAMPLES, REFERENCE) == found
 
 
-def test_kid_is_the_official_one():
-    """With the subsets of the recipe in metrics.json, drawn in its order."""
+def test_kid_matches_the_official_value():
+    """Uses the subsets of the recipe in metrics.json, drawn in the same order."""
     kid, std = fid.kernel_inception_distance(SAMPLES, REFERENCE, subset_size=500)
     assert kid == pytest.approx(OUTPUTS["kid"]["kernel_inception_distance_mean"], rel=1e-6)
     assert std == pytest.approx(OUTPUTS["kid"]["kernel_inception_distance_std"], rel=1e-6)
 
 
-def test_kid_is_its_definition():
+def test_kid_matches_its_definition():
     x_ND, y_ND = SAMPLES[:5, :3].astype(np.float64), REFERENCE[:5, :3].astype(np.float64)
 
     def kernel(a, b):
@@ -67,15 +67,15 @@ def test_kid_is_its_definition():
     assert kid == pytest.approx(expected, rel=1e-12) and std < 1e-15
 
 
-def test_the_inception_score_of_classes_that_no_image_shows():
-    """Their probabilities underflow to 0, and add nothing."""
+def test_absent_classes_do_not_change_the_inception_score():
+    """Their probabilities underflow to 0, and contribute nothing."""
     logits_NV = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
     more_NV = np.append(logits_NV, [[-800.0], [-900.0], [-800.0]], axis=1)
     assert fid.inception_score(more_NV) == pytest.approx(fid.inception_score(logits_NV))
     assert fid.inception_score(more_NV)[0] > 1
 
 
-def test_equal_sets():
+def test_equal_sets_have_distance_0_and_recall_1():
     moments = Moments.of(REFERENCE)
     assert 0 <= frechet_distance(moments, moments) < 1e-6
     few = Moments.of(REFERENCE[:20])
@@ -83,23 +83,23 @@ def test_equal_sets():
     assert fid.precision_recall(REFERENCE, REFERENCE) == (1, 1)
 
 
-def test_gaussians_have_the_closed_form():
+def test_frechet_distance_of_gaussians_has_the_closed_form():
     a = Moments(np.array([1.0, 0.0]), np.diag([1.0, 4.0]))
     b = Moments(np.array([0.0, 0.0]), np.diag([9.0, 4.0]))
     assert frechet_distance(a, b) == pytest.approx(1 + (3 - 1) ** 2)
-    turn = np.array([[0.6, -0.8], [0.8, 0.6]])  # neither depends on the axes
+    turn = np.array([[0.6, -0.8], [0.8, 0.6]])  # the distance does not depend on the axes
     a, b = (Moments(turn @ m.mean_D, turn @ m.covariance_DD @ turn.T) for m in (a, b))
     assert frechet_distance(a, b) == pytest.approx(5)
 
 
-def test_moments_are_those_of_numpy_far_from_zero_too():
+def test_moments_match_numpy_even_far_from_zero():
     x_ND = 1000 + np.random.default_rng(0).normal(size=(1300, 3))
     moments = Moments.of(x_ND)
     np.testing.assert_allclose(moments.mean_D, x_ND.mean(axis=0), rtol=1e-14)
     np.testing.assert_allclose(moments.covariance_DD, np.cov(x_ND, rowvar=False), rtol=1e-10)
 
 
-def test_collapse_and_outliers_show_in_recall_and_precision():
+def test_collapse_lowers_recall_and_outliers_lower_precision():
     rng = np.random.default_rng(0)
     real_ND = rng.normal(size=(500, 2))
     collapsed_ND = real_ND[:100] * 0.05

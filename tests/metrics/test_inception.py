@@ -1,4 +1,4 @@
-"""FID's network against the official features, from each kind of file."""
+"""Tests FID's Inception against official features, and its conversion from each file format."""
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ def golden_images() -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_every_tap_is_the_official_one(name):
+def test_every_tap_matches_the_official_network(name):
     params = load_inception(inception.converted())
     taps = jax.jit(Inception().apply)({"params": params}, golden_images()[name])
     outputs = weights.outputs("inception")
@@ -47,7 +47,7 @@ def test_every_tap_is_the_official_one(name):
 
 
 @pytest.mark.slow
-def test_an_image_of_its_own_size_is_not_resized_and_padding_changes_nothing():
+def test_a_299_pixel_image_is_not_resized_and_padding_has_no_effect():
     extract = FeatureExtractor(inception_network(inception.converted()), jax.devices()[:1])
     features, outputs = extract(golden_images()["c"]), weights.outputs("inception")
     assert {name: x.shape for name, x in features.items()} == {
@@ -59,15 +59,15 @@ def test_an_image_of_its_own_size_is_not_resized_and_padding_changes_nothing():
     np.testing.assert_allclose(features["pool_ND"], expected, atol=1e-4 * expected.max())
 
 
-def test_the_resize_is_tensorflows():
+def test_the_resize_matches_tensorflow():
     x_BhwC = np.array([0.0, 3.0, 6.0], np.float32).reshape(1, 1, 3, 1)
     y_BHWC = bilinear_tf1(np.repeat(x_BhwC, 3, axis=1), (3, 6))
-    # Output i lies at input i / 2: no half pixels, and the last input reaches over the edge.
+    # Output i is at input i / 2, without half-pixel centers; past the edge, the last input repeats.
     np.testing.assert_allclose(y_BHWC[0, 0, :, 0], [0, 1.5, 3, 4.5, 6, 6], rtol=1e-6)
 
 
 def graph(tensors, scaled=False) -> GraphDef:
-    """TensorFlow's graph of constants, and the operations that tell of the scale."""
+    """Makes TensorFlow's graph of constants, with the norms that say whether they scale."""
     graph = GraphDef()
 
     def constant(name, array):
@@ -99,7 +99,7 @@ def graph(tensors, scaled=False) -> GraphDef:
     return graph
 
 
-def test_the_graph_of_tensorflow_gives_the_same_tensors(tmp_path):
+def test_a_tensorflow_graph_gives_the_same_tensors(tmp_path):
     expected = inception.tensors()
     expected["Conv2d_1a_3x3.bn.bias"][:] = 0.25
     file = tmp_path / "classify_image_graph_def.pb"
@@ -113,12 +113,12 @@ def test_the_graph_of_tensorflow_gives_the_same_tensors(tmp_path):
     assert all((x == 1).all() for name, x in found.items() if name.endswith("bn.weight"))
 
 
-def test_the_names_are_tensorflows():
+def test_convolutions_have_the_names_of_tensorflow():
     for ours, theirs in {
         "Mixed_5b.branch5x5_2": "mixed/tower/conv_1",
         "Mixed_6a.branch3x3": "mixed_3/conv",
         "Mixed_6a.branch3x3dbl_3": "mixed_3/tower/conv_2",
-        "Mixed_6d.branch1x1": "mixed_6/conv",  # what sFID looks at
+        "Mixed_6d.branch1x1": "mixed_6/conv",  # the features of sFID
         "Mixed_6e.branch7x7dbl_5": "mixed_7/tower_1/conv_4",
         "Mixed_7a.branch7x7x3_4": "mixed_8/tower_1/conv_3",
         "Mixed_7c.branch3x3_2a": "mixed_10/tower/mixed/conv",
@@ -131,7 +131,7 @@ def test_the_names_are_tensorflows():
     assert len(theirs) == len(names) == 94 and set(TF_STEM.values()) < theirs
 
 
-def test_what_is_no_inception_is_refused(tmp_path):
+def test_files_without_inception_are_refused(tmp_path):
     other = tmp_path / "other.pth"
     write_pth(other, {"features.0.weight": np.zeros((2, 2), np.float32)})
     with pytest.raises(InputError, match="not FID's Inception-v3: it has no Mixed_7c"):
@@ -153,12 +153,12 @@ def test_what_is_no_inception_is_refused(tmp_path):
         load_inception(tmp_path)
 
 
-def test_what_lies_beside_the_network_is_left_out():
+def test_tensors_outside_the_network_are_ignored():
     assert IGNORED.match("Mixed_5b.branch1x1.bn.num_batches_tracked")
     assert IGNORED.match("AuxLogits.conv0.conv.weight") and not IGNORED.match("fc.weight")
 
 
-def test_converted_weights_are_those_of_the_file():
+def test_converted_weights_equal_those_in_the_file():
     params, tensors = trees.paths(load_inception(inception.converted())), inception.tensors()
     for link in inception_table():
         ours = link.to_official([np.asarray(params[path]) for path in link.ours])

@@ -1,4 +1,4 @@
-"""What a report says about the order and the classes of samples."""
+"""Tests what a report on samples says about their order, classes and label accuracy."""
 
 import numpy as np
 import pytest
@@ -23,14 +23,14 @@ def notices(label_N, logits_NV=None, classes=None):
 
 
 def poor_logits(signal):
-    """Logits of samples that a classifier mostly reads as something else than their class."""
+    """Returns logits of samples that a classifier mostly assigns to wrong classes."""
     return signal * np.eye(CLASSES)[LABEL_N] + RNG.normal(size=(LABEL_N.size, CLASSES))
 
 
-def test_poor_samples_in_order_are_noticed_without_labels():
+def test_ordered_samples_of_poor_quality_are_noticed_without_labels():
     logits_NV = poor_logits(signal=1.5)
     right = np.mean(logits_NV.argmax(axis=1) == LABEL_N)
-    assert right < 0.3  # so that neighbors seldom agree
+    assert right < 0.3  # so neighbors rarely have the same predicted class
     (notice,) = notices(None, logits_NV)
     assert "ordered by class" in notice
     shuffled = float(notice.rpartition(" ")[2])
@@ -39,7 +39,7 @@ def test_poor_samples_in_order_are_noticed_without_labels():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_random_order_is_none(seed):
+def test_a_random_order_does_not_look_ordered(seed):
     rng = np.random.default_rng(seed)
     classes = int(rng.integers(2, 60))
     label_N = rng.integers(0, classes, int(rng.integers(2, 300)))
@@ -52,23 +52,23 @@ def test_a_random_order_is_none(seed):
 
 
 @pytest.mark.parametrize("label_N", [[3], [3, 3], [1] * 50])
-def test_one_class_is_in_any_order(label_N):
+def test_a_single_class_does_not_look_ordered(label_N):
     assert not report.labels_look_ordered(np.array(label_N))
 
 
 @pytest.mark.parametrize("count", [50, 5_000])
-def test_equal_samples_are_in_any_order(count):
+def test_equal_samples_do_not_look_ordered(count):
     row_V = np.random.default_rng(0).dirichlet(np.ones(10)).astype(np.float32)
     assert not report.looks_ordered(np.tile(row_V, (count, 1)))
 
 
-def test_labels_may_all_differ():
-    number_N = np.arange(100_000)  # of which a matrix with a column each has 40 GB
+def test_memory_suffices_if_all_labels_differ():
+    number_N = np.arange(100_000)  # a one-hot matrix of these would have 40 GB
     assert not report.labels_look_ordered(number_N)
     assert report.labels_look_ordered(number_N // 2)
 
 
-def test_samples_that_know_no_class_have_no_order():
+def test_random_logits_give_no_notice_of_order():
     assert not notices(None, RNG.normal(size=(LABEL_N.size, CLASSES)))
 
 
@@ -78,14 +78,14 @@ def test_missing_classes_are_noticed():
     (notice,) = notices(shuffled_N, classes=CLASSES + 2)
     assert "2 of 52 classes have no samples (50, 51)" in notice
     without = np.where(np.isin(shuffled_N, [3, 4, 5, 6, 7, 8, 9]), 0, shuffled_N)
-    (notice,) = notices(without)  # nobody says how many classes there are
+    (notice,) = notices(without)  # the number of classes is not given
     assert "7 of 50 classes have no samples (3, 4, 5, 6, 7 and 2 more)" in notice
     assert "the others have up to 320 each" in notice
 
 
 @pytest.mark.parametrize("count, noticed", [(5000, False), (5010, True), (4990, False)])
 def test_a_short_last_split_of_the_inception_score_is_noticed(count, noticed):
-    """Of perfect logits of 10 classes, whose score is 10 in each whole split."""
+    """Uses perfect logits of 10 classes, which score 10 in each complete split."""
     label_N = np.arange(count) % 10
     found = [n for n in notices(label_N, 99 * np.eye(10)[label_N]) if "last split" in n]
     assert len(found) == noticed
@@ -93,14 +93,14 @@ def test_a_short_last_split_of_the_inception_score_is_noticed(count, noticed):
         assert "has 10 samples instead of 5,000" in found[0] and "score is 10.000" in found[0]
 
 
-def test_labels_that_number_no_classes_are_left_alone():
+def test_labels_that_number_no_class_are_ignored():
     assert not notices(np.full(LABEL_N.size, -1)) and not notices(np.full(LABEL_N.size, 10**12))
     no_class_N = np.concatenate([RNG.permutation(LABEL_N)[:-1], [CLASSES]])
     (notice,) = notices(no_class_N, classes=CLASSES)
     assert "classes have 39 to 40 samples" in notice
 
 
-def test_label_accuracy_counts_the_labels_that_the_classifier_sees():
+def test_label_accuracy_needs_labels_that_the_classifier_knows():
     logits_NV = np.eye(4)[[0, 1, 2, 3, 3]]
     features = {"pool_ND": RNG.normal(size=(5, 2)), "logits_NV": logits_NV}
     reference = Reference("", {"pool_ND": Moments.of(features["pool_ND"])}, None, 9)

@@ -1,4 +1,4 @@
-"""torchvision's ResNet: logits as from its own code, conversion, and preparation of images."""
+"""Tests ResNets against torchvision: logits, conversion, and preprocessing of images."""
 
 import hashlib
 
@@ -55,7 +55,7 @@ def converted(file):
 
 @pytest.fixture(scope="module")
 def network(converted):
-    """Config, and a compiled function: normalized images -> logits."""
+    """Returns the config, and a compiled function from normalized images to logits."""
     config, params = open_weights(converted).read_converted("classifier", ResNetConfig)
     outputs = jax.jit(lambda x_BHWC: ResNet(config).apply({"params": params}, x_BHWC))
     return config, lambda x_BHWC: outputs(x_BHWC)["logits_BV"]
@@ -82,7 +82,7 @@ def test_conversion_is_exact_in_both_directions(converted, tensors):
     assert len(buffers) == sum(name.endswith("running_var") for name in tensors)
 
 
-def test_a_classifier_is_written_as_torchvision_s_file(converted, tensors, tmp_path):
+def test_a_classifier_is_written_in_torchvision_s_format(converted, tensors, tmp_path):
     convert_to_torch(converted, tmp_path / "out")
     written = read_checkpoint(tmp_path / "out" / "classifier.pth")
     assert {name for name in written if not name.endswith("tracked")} == tensors.keys()
@@ -90,7 +90,7 @@ def test_a_classifier_is_written_as_torchvision_s_file(converted, tensors, tmp_p
         np.testing.assert_array_equal(np.asarray(written[name]), tensor, err_msg=name)
 
 
-def test_sizes_are_those_of_torchvision():
+def test_shapes_match_torchvision():
     config = ResNetConfig(layers=(3, 4, 6, 3))  # ResNet-50
     shapes = apply_map.official_shapes(config)
     statistics = sum(np.prod(x) for name, x in shapes.items() if "running" in name)
@@ -101,7 +101,7 @@ def test_sizes_are_those_of_torchvision():
 
 
 @pytest.mark.parametrize("size, resize", [((256, 256), 256), ((256, 256), 232), ((64, 96), 256)])
-def test_images_are_prepared_as_by_torchvision(size, resize):
+def test_preprocessing_matches_torchvision(size, resize):
     image_HWC = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     shorter = min(size)
     picture = Image.fromarray(image_HWC)
@@ -119,7 +119,7 @@ def test_images_are_prepared_as_by_torchvision(size, resize):
 
 
 @pytest.mark.slow
-def test_a_directory_is_a_classifier(converted, network, monkeypatch):
+def test_a_converted_directory_loads_as_a_classifier(converted, network, monkeypatch):
     monkeypatch.setattr(features, "CPU_BLOCK", 2)
     classifier, (config, logits) = load_classifier(converted), network
     assert classifier.classes == 40 and classifier.identity["resize"] == 232
@@ -130,10 +130,10 @@ def test_a_directory_is_a_classifier(converted, network, monkeypatch):
     expected_NV = jax.nn.softmax(logits(x_BHWC))
     np.testing.assert_allclose(found_N, expected_NV[np.arange(2), label_N], rtol=1e-4)
     one = classifier.probabilities(images_NHWC[1:], label_N[1:])
-    np.testing.assert_array_equal(one, found_N[1:])  # other images of a batch do not matter
+    np.testing.assert_array_equal(one, found_N[1:])  # independent of other images in the batch
 
 
-def test_the_resize_is_known_by_the_files_hash_or_given(file, tmp_path, monkeypatch):
+def test_the_resize_comes_from_the_file_hash_or_a_flag(file, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="give --resize: 256 for V1 weights, 232 for V2"):
         convert(tmp_path / "a", resnet=file)
     assert not (tmp_path / "a").exists()
@@ -159,7 +159,7 @@ def test_other_networks_are_refused(tensors, tmp_path):
     assert abstract_params(ResNetConfig((1, 1, 1, 1)))["head"]["kernel"].shape == (2048, 1000)
 
 
-def test_a_directory_of_other_weights_is_no_classifier(tmp_path):
+def test_a_directory_of_other_weights_is_refused_as_a_classifier(tmp_path):
     (tmp_path / "config.json").write_text('{"sources": {}, "tokenizer": {}}')
     with pytest.raises(InputError, match="holds no classifier; make one with"):
         load_classifier(tmp_path)
