@@ -1,4 +1,4 @@
-"""What numbers of diffusion steps do to a denoiser's error: against the sampler's own loop."""
+"""Tests how diffusion steps amplify a denoiser's error, against the sampler's own loop."""
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,13 @@ from varjax.nn.diffusion import NoiseSchedule, reverse_diffusion
     ("steps", "to_999", "to_950"),
     [(100, 316, 1.02), (50, 632, 1.24), (25, 1327, 1.69), (10, 3493, 2.26), (5, 7707, 4.98)],
 )
-def test_the_first_step_multiplies_by_the_published_factors(steps, to_999, to_950):
+def test_first_step_factors_match_the_published_ones(steps, to_999, to_950):
     assert first_step_factor(NoiseSchedule(steps)) == pytest.approx(to_999, abs=0.5)
     assert first_step_factor(NoiseSchedule(steps, last=950)) == pytest.approx(to_950, abs=0.005)
 
 
 @pytest.mark.parametrize(("last", "error"), [(999, 0.0), (999, 0.001), (950, 0.001), (950, 0.2)])
-def test_standard_deviations_are_those_of_the_reverse_loop(last, error):
+def test_standard_deviations_match_the_reverse_loop(last, error):
     schedule, key, shape = NoiseSchedule(5, last), jax.random.key(0), (5000, 4)
     alpha_bar_T = jnp.asarray(NoiseSchedule().alpha_bar_J, jnp.float32)
 
@@ -37,13 +37,13 @@ def test_standard_deviations_are_those_of_the_reverse_loop(last, error):
     assert np.std(x0_NZ) == pytest.approx(sample_std(schedule, error), rel=0.02)
 
 
-def test_the_tables_in_the_documentation_are_what_the_command_prints(capsys):
+def test_documented_tables_match_the_command_s_output(capsys):
     assert main([]) == 0
     tables = capsys.readouterr().out.strip()
     assert all(table in (ROOT / "docs/mar.md").read_text() for table in tables.split("\n\n"))
     assert "| 5 | 999 | 7,707.23 | 0.661 | 2.992 |" in tables
     assert "| 5 | 950 | 4.98 | 0.662 | 0.661 |" in tables
-    assert "| `50:5` | 48, 5 | 1,681 | 5,246 |" in tables  # as in the paper's setting
+    assert "| `50:5` | 48, 5 | 1,681 | 5,246 |" in tables  # the paper's setting
 
 
 @pytest.mark.parametrize(("flag", "says"), [("--error=1", "error=1.0"), ("--steps=0", "steps=0")])

@@ -31,7 +31,7 @@ def log(steps, scales=2, evaluated=True):
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def test_points_are_over_images_seen_and_skip_what_is_no_number(tmp_path):
+def test_points_are_over_images_seen_and_skip_missing_values(tmp_path):
     text = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n{"step": 3, "eval/loss": 1.5}\n'
     run = read_run_log(make(tmp_path / "a", text + '{"step": 4, "lo'))
     images, losses = run.points("loss")
@@ -49,7 +49,7 @@ def test_a_running_mean_keeps_a_straight_line_and_averages_noise():
 
 
 @pytest.mark.slow
-def test_runs_of_every_kind_go_into_one_picture(tmp_path, capsys):
+def test_runs_of_every_kind_are_drawn_into_one_picture(tmp_path, capsys):
     runs = [
         make(tmp_path / "long", log(130)),
         make(tmp_path / "other_scales", log(5, scales=7), batch_size=64),
@@ -65,7 +65,7 @@ def test_runs_of_every_kind_go_into_one_picture(tmp_path, capsys):
         all_size = picture.size
     assert main([runs[2], "--out=one.png"]) == 0
     with Image.open("one.png") as picture:
-        assert picture.height < all_size[1]  # one row of scales instead of two
+        assert picture.height < all_size[1]  # one row of scales, not two
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_runs_of_every_kind_go_into_one_picture(tmp_path, capsys):
         ("empty", "nothing is logged yet in .*empty"),
     ],
 )
-def test_what_cannot_be_drawn_is_said_and_nothing_written(tmp_path, capsys, name, message):
+def test_invalid_runs_give_an_error_and_no_picture(tmp_path, capsys, name, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "converted").mkdir()
     (tmp_path / "converted" / "config.json").write_text('{"sources": {}}')
@@ -88,7 +88,7 @@ def test_what_cannot_be_drawn_is_said_and_nothing_written(tmp_path, capsys, name
     assert not (tmp_path / "plot.png").exists()
 
 
-def test_a_folder_stands_for_its_runs(tmp_path):
+def test_a_folder_expands_to_its_runs(tmp_path):
     for name in ("b", "a"):
         make(tmp_path / name, "")
         (tmp_path / name / "data.json").write_text("{}")
@@ -109,7 +109,7 @@ def test_a_reference_has_a_value_for_each_of_its_points(reference):
         assert images_N.shape == values_N.shape and (np.diff(images_N) > 0).all()
 
 
-def test_mar_s_reference_is_drawn_next_to_a_run(tmp_path, monkeypatch):
+def test_the_mar_reference_is_drawn_next_to_a_run(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plot, "_reference", lambda panel, log, name: drawn.append((log.name, name)))
     lines = [{"step": step, "loss": 0.3, "eval_ema/fid": 9.0} for step in (10, 20)]
@@ -119,7 +119,7 @@ def test_mar_s_reference_is_drawn_next_to_a_run(tmp_path, monkeypatch):
 
 
 def of_task(run_dir, task, line, head=None, fid=None):
-    """Makes a run of a task that has logged one line."""
+    """Writes a run of a task with one logged line, and returns its log."""
     make(run_dir, json.dumps({"step": 1} | line))
     settings = {"_type": task, "model": {"head": head and {"_type": head}}}
     config = {"batch_size": 10, "task": settings, "fid": fid or {}}
@@ -127,7 +127,7 @@ def of_task(run_dir, task, line, head=None, fid=None):
     return read_run_log(run_dir)
 
 
-def test_no_panel_shows_two_kinds_of_a_metric(tmp_path):
+def test_each_kind_of_a_metric_has_its_own_panel(tmp_path):
     pixels = {"features": "pixels", "reference": "held_out"}
     inception = {"features": "inception", "reference": "a/long/path/ref.npz"}
     logs = [
@@ -170,7 +170,7 @@ def test_no_panel_shows_two_kinds_of_a_metric(tmp_path):
     assert [panel.title for panel in plot.large_panels(logs[:1])] == ["loss", "accuracy", "FID"]
 
 
-def test_the_published_log_is_drawn_next_to_comparable_runs_alone(tmp_path):
+def test_a_published_log_is_drawn_only_next_to_comparable_runs(tmp_path):
     drawn = set()
     for task in ("VARTask", "MARTask"):
         for features in ("pixels", "inception"):
@@ -194,17 +194,17 @@ def test_a_published_log_of_another_task_is_refused(tmp_path, capsys):
     assert "is a log of VARTask, which none of these runs has trained" in capsys.readouterr().err
 
 
-def test_a_damaged_run_of_a_folder_is_left_out(tmp_path, capsys):
+def test_a_damaged_run_in_a_folder_is_left_out(tmp_path, capsys):
     (tmp_path / "runs").mkdir()
     for name in ("good", "$bad$"):
         make(tmp_path / "runs" / name, log(3))
         files.write_json(tmp_path / "runs" / name / "data.json", {})
-    assert main(["runs", "--out=both.png"]) == 0  # a name that is no formula
+    assert main(["runs", "--out=both.png"]) == 0  # dollar signs are not read as a formula
     (tmp_path / "runs" / "$bad$" / "config.json").write_text("{")
     assert main(["runs", "--out=one.png"]) == 0
     assert "note: runs/$bad$ is left out: " in capsys.readouterr().err
     (tmp_path / "runs" / "good" / "config.json").write_text("{")
-    for location in ("runs/$bad$", "runs"):  # nothing is left to draw
+    for location in ("runs/$bad$", "runs"):  # no run is left to draw
         assert main([location, "--out=none.png"]) == 1
         assert "config.json is not valid JSON" in capsys.readouterr().err
 
@@ -214,7 +214,7 @@ def test_many_runs_have_different_colors():
         assert len({plot._color(i, runs) for i in range(runs)}) == runs
 
 
-def test_a_metric_that_no_run_has_for_its_scales_is_told(tmp_path, capsys):
+def test_by_scale_refuses_a_metric_that_no_run_has_by_scale(tmp_path, capsys):
     assert main([make(tmp_path / "a", log(3)), "--by_scale=nothing", "--out=a.png"]) == 1
     assert "by_scale=nothing: no run has logged it for each scale" in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()

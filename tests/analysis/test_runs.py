@@ -23,7 +23,7 @@ def log(run, *lines):
     (run / "metrics.jsonl").write_text("\n".join(lines))
 
 
-def test_a_run_tells_where_it_stands(run, tmp_path):
+def test_run_status_has_state_progress_and_error(run, tmp_path):
     assert run_status(run).state == "stopped"
     log(
         run,
@@ -43,7 +43,7 @@ def test_a_run_tells_where_it_stands(run, tmp_path):
     assert run_status(run).state == "failed"
     for name in ("error.txt", "error-10.txt", "error-2.txt"):
         (run / name).write_text(name)
-    assert run_status(run).error == "error.txt"  # the others' are often its consequences
+    assert run_status(run).error == "error.txt"  # errors of other processes often follow from it
     (run / "error.txt").unlink()
     header, line, error = status_table([run_status(run)]).splitlines()
     assert error == "    Traceback"
@@ -57,12 +57,12 @@ def test_a_run_tells_where_it_stands(run, tmp_path):
     [b"5", b"[1]", b'"step"', b"\xff\xfe{", b'{"step": "x"}', b'{"step": [1]}', b"{", b"[" * 10**5,
      b'{"step": 1, "loss": ' + b"9" * 5000 + b"}"],
 )  # fmt: skip
-def test_lines_that_are_no_metrics_are_counted_and_left_out(run, capsys, line):
+def test_lines_without_metrics_are_counted_and_skipped(run, capsys, line):
     good = b'{"step": 200, "loss": 2.5, "eval/loss": [1], "images_per_second": "x"}'
     (run / "metrics.jsonl").write_bytes(b"\n".join((b'{"note": 1}', line, line, good, b"")))
     status = run_status(run)
     assert (status.step, status.loss) == (200, 2.5)
-    assert status.eval_loss != status.eval_loss  # no number is no metric
+    assert status.eval_loss != status.eval_loss  # NaN, because a list is not a metric
     (said,) = capsys.readouterr().err.splitlines()
     assert said.endswith("metrics.jsonl: 2 of 4 lines contain no metrics and are skipped; "
                          "the first is line 2")  # fmt: skip
@@ -73,7 +73,7 @@ def test_lines_that_are_no_metrics_are_counted_and_left_out(run, capsys, line):
     "config",
     ["5", "[1]", '{"batch_size": "x"}', '{"batch_size": 1, "steps": [1]}', "\udcff", "[" * 10**5],
 )
-def test_a_damaged_config_leaves_the_other_runs_in_the_list(run, tmp_path, capsys, config):
+def test_a_damaged_config_does_not_hide_other_runs(run, tmp_path, capsys, config):
     bad = tmp_path / "a" / "bad"
     files.write_json(bad / "data.json", {})
     (bad / "config.json").write_text(config, errors="surrogateescape")
@@ -81,7 +81,7 @@ def test_a_damaged_config_leaves_the_other_runs_in_the_list(run, tmp_path, capsy
     out, err = capsys.readouterr()
     assert str(run) in out and str(bad) not in out
     assert f"note: {bad} is left out: {bad}" in err.replace("/config.json", "")
-    assert main([str(bad)]) == 1  # alone it is an error
+    assert main([str(bad)]) == 1  # an error if it is the only run
     assert capsys.readouterr().err.startswith(f"varjax runs: {bad}")
 
 
@@ -91,16 +91,16 @@ def save(run, step, **meta):
 
 def test_a_run_is_finished_once_its_last_step_is_saved(run):
     log(run, '{"step": 300, "loss": 1.0}')
-    assert run_status(run).state == "stopped"  # killed in its last evaluation
+    assert run_status(run).state == "stopped"  # killed during its last evaluation
     log(run, '{"step": 300, "loss": 1.0}', '{"step": 300, "eval/loss": 1.0}')
-    assert run_status(run).state == "finished"  # its checkpoints were removed
+    assert run_status(run).state == "finished"  # checkpoints may have been removed
     save(run, 200)
-    assert run_status(run).state == "stopped"  # killed in its last save
+    assert run_status(run).state == "stopped"  # killed during its last save
     (run / "error.txt").write_text("StorageError: the disk is full")
     assert run_status(run).state == "failed"
     save(run, 300)
     assert run_status(run).state == "finished"
-    save(run, 300, evaluation_due=True)  # a signal came in the last evaluation
+    save(run, 300, evaluation_due=True)  # a signal interrupted the last evaluation
     (run / "error.txt").unlink()
     assert run_status(run).state == "stopped"
     save(run, 300, evaluation_due=False)
@@ -108,7 +108,7 @@ def test_a_run_is_finished_once_its_last_step_is_saved(run):
 
 
 @pytest.mark.parametrize(("patience", "state"), [(0, "stopped"), (2, "finished"), (3, "stopped")])
-def test_a_run_that_its_patience_ended_is_finished(run, patience, state):
+def test_a_run_ended_by_its_patience_is_finished(run, patience, state):
     config = files.read_json(run / "config.json")
     settings = {"keep_best": "eval/accuracy", "patience": patience}
     files.write_json(run / "config.json", config | settings)
@@ -121,7 +121,7 @@ def test_a_run_that_its_patience_ended_is_finished(run, patience, state):
 
 
 def test_runs_are_found_below_a_folder(run, tmp_path, capsys, monkeypatch):
-    files.write_json(tmp_path / "data" / "data.json", {})  # no run's
+    files.write_json(tmp_path / "data" / "data.json", {})  # not a run, without config.json
     assert find_runs(tmp_path) == find_runs(run) == [run]
     assert main([str(tmp_path)]) == 0
     assert str(run) in capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_runs_are_found_below_a_folder(run, tmp_path, capsys, monkeypatch):
         (tmp_path / name).mkdir()
         files.write_json(tmp_path / name / "run" / "data.json", {})
         files.write_json(tmp_path / name / "run" / "config.json", {})
-    (run / "images").symlink_to(tmp_path / "images")  # the data of a run are not searched
+    (run / "images").symlink_to(tmp_path / "images")  # links in a run's directory are not searched
     list_folder = os.scandir
 
     def scandir(path):
@@ -163,7 +163,7 @@ def test_runs_are_found_below_a_folder(run, tmp_path, capsys, monkeypatch):
         ("", ""),
     ],
 )  # fmt: skip
-def test_a_start_that_failed_is_shown_with_the_first_line_of_its_error(run, capsys, text, line):
+def test_a_failed_start_shows_the_first_line_of_its_error(run, capsys, text, line):
     (run / "error.txt").write_text(text)
     status = run_status(run)
     assert status.state == "failed start"
@@ -174,13 +174,13 @@ def test_a_start_that_failed_is_shown_with_the_first_line_of_its_error(run, caps
     assert not status.error.endswith("more")
 
 
-def test_a_run_that_runs_again_shows_no_earlier_error(run):
+def test_a_restarted_run_shows_no_earlier_error(run):
     (run / "error.txt").write_text("Traceback (most recent call last):\nKeyError: 1")
     with folders.lock_folder(run):
         assert (run_status(run).state, run_status(run).error) == ("running", "")
 
 
-def test_runs_are_listed_by_state_and_name_and_as_json(run, tmp_path, capsys):
+def test_runs_are_filtered_by_state_and_name_and_listed_as_json(run, tmp_path, capsys):
     other = tmp_path / "b" / "second"
     files.write_json(other / "config.json", {"batch_size": 64})
     files.write_json(other / "data.json", {})
@@ -211,11 +211,11 @@ def test_runs_are_listed_by_state_and_name_and_as_json(run, tmp_path, capsys):
 
 
 class Ended(Exception):
-    """Ends the watching of a list."""
+    """Ends `--watch`."""
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_shows_the_list_in_place(run, tmp_path, capsys, monkeypatch, terminal):
+def test_watch_redraws_the_list_in_a_terminal(run, tmp_path, capsys, monkeypatch, terminal):
     times = []
 
     def sleep(seconds):
@@ -233,7 +233,7 @@ def test_a_terminal_shows_the_list_in_place(run, tmp_path, capsys, monkeypatch, 
     out = capsys.readouterr().out
     assert out.count("last written") == (0 if terminal else 2)  # the terminal is too narrow for it
     first, *screens = out.split(runs.HOME)
-    assert len(screens) == (3 if terminal else 0)  # it is cleared first
+    assert len(screens) == (3 if terminal else 0)  # the first one clears the terminal
     for screen in screens[1:]:
         lines = screen.replace(runs.CLEAR_LINE, "").replace(runs.CLEAR_BELOW, "").splitlines()
         assert [len(line) <= 40 for line in lines[:2]] == [True, True] and len(lines) == 3

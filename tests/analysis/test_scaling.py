@@ -1,4 +1,4 @@
-"""Made-up runs with known laws: what the fits must find, and what is refused."""
+"""Tests fits of scaling laws on synthetic runs with known laws."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ def parameters(depth):
 
 
 def make_run(folder, depth, laws=LAWS, noise=0.001, change=None, extra="", steps=STEPS):
-    """Writes what a run of VAR at this depth would log, if its losses followed the laws."""
+    """Writes the log of a VAR run at this depth whose losses follow the laws."""
     size, rng = parameters(depth), np.random.default_rng(depth)
     config = {
         "batch_size": BATCH,
@@ -59,7 +59,7 @@ def make_run(folder, depth, laws=LAWS, noise=0.001, change=None, extra="", steps
             value = float(law(size, step * BATCH)) * np.exp(noise * rng.normal())
             line[f"eval/{name}"] = value
         lines.append(json.dumps(line))
-        flop = 6 * size * BATCH  # of a sequence of one token, as C = 6 N D has it
+        flop = 6 * size * BATCH  # C = 6 N D, with one token per image
         lines.append(json.dumps({"step": step, "loss": 1.0, "step_tflop": flop / 1e12}))
     (run / "metrics.jsonl").write_text("\n".join([*lines, extra]))
     return str(run)
@@ -74,19 +74,19 @@ def runs(tmp_path_factory):
     return make_ladder(tmp_path_factory.mktemp("runs"))
 
 
-def test_known_constants_lie_within_their_intervals(runs):
+def test_intervals_contain_the_known_constants(runs):
     report = fit_scaling(read_ladder(runs), resamples=60, sizes=[3e8])
     images = STEPS * BATCH
     for name, fit in report.fits["parameters"].items():
         law = LAWS[name]
-        floor = float(law(np.inf, images))  # with this many images, no size gets below
+        floor = float(law(np.inf, images))  # lower bound for any size at this many images
         for found, known in (
             (fit.interval(lambda law: law.exponents[0]), law.exponents[0]),
             (fit.interval(lambda law: law.x0[0]), law.x0[0]),
             (fit.interval(lambda law: law.floor), floor),
         ):
             assert found[0] < known < found[1], (name, found, known)
-            assert found[1] < 1.6 * found[0]  # and these are of use
+            assert found[1] < 1.6 * found[0]  # narrow enough to be useful
         assert fit.correlation < -0.999
         left_out, larger = report.predictions[name]
         known = law(parameters(12), images)
@@ -96,8 +96,8 @@ def test_known_constants_lie_within_their_intervals(runs):
         assert larger.low < larger.loss < larger.high < 1.02 * larger.low
 
 
-def test_without_a_floor_the_law_is_straight_and_r_is_that_of_the_logarithms(tmp_path):
-    law = {"loss": PowerLaw(0.0, (1e9, 1.0), (0.08, 40.0))}  # images hardly matter
+def test_without_a_floor_the_fit_is_a_log_log_regression(tmp_path):
+    law = {"loss": PowerLaw(0.0, (1e9, 1.0), (0.08, 40.0))}  # images have almost no effect
     ladder = read_ladder(make_ladder(tmp_path, laws=law))
     report = fit_scaling(ladder, floors=parse_floors("loss=0"), resamples=60)
     fit = report.fits["parameters"]["loss"]
@@ -109,8 +109,8 @@ def test_without_a_floor_the_law_is_straight_and_r_is_that_of_the_logarithms(tmp
 
 
 @pytest.mark.filterwarnings("error")
-def test_measured_points_without_a_floor_are_fitted_without_numbers_that_are_not_finite():
-    """The token errors of docs/scaling.md's ladder."""
+def test_measured_points_are_fitted_without_numerical_warnings():
+    """Uses the token errors of the ladder in docs/scaling.md, which are best fitted by floor 0."""
     parameters_P = 4608.0 * np.arange(2, 8) ** 3
     error_P = np.array([0.9191, 0.8950, 0.8748, 0.8572, 0.8421, 0.8313])
     law = fit_power_law(Points(parameters_P[None], error_P, np.ones(6)))
@@ -118,7 +118,7 @@ def test_measured_points_without_a_floor_are_fitted_without_numbers_that_are_not
     np.testing.assert_allclose(law(parameters_P), error_P, rtol=0.01)
 
 
-def test_one_law_of_size_and_images_is_found_from_whole_curves(runs):
+def test_a_joint_fit_finds_the_law_of_size_and_images(runs):
     ladder = read_ladder(runs)
     ladder.curves.pop("loss_last")
     report = fit_scaling(ladder, joint=True, resamples=20)
@@ -132,7 +132,7 @@ def test_one_law_of_size_and_images_is_found_from_whole_curves(runs):
     assert left_out.loss == pytest.approx(left_out.measured, rel=0.005)
 
 
-def test_the_front_over_compute_has_the_exponent_that_both_laws_together_give(runs):
+def test_the_compute_front_has_the_exponent_implied_by_the_law(runs):
     # Minimizing (a/N)^α + (b/D)^β at C = 6 N D gives C^(-αβ/(α+β)) (Hoffmann et al. 2022).
     ladder = read_ladder(runs)
     floors = {name: law.floor for name, law in LAWS.items()}
@@ -148,7 +148,7 @@ def test_the_front_over_compute_has_the_exponent_that_both_laws_together_give(ru
     assert np.isin(points.loss_P, smallest.loss_P).sum() <= len(smallest.loss_P) - 3
 
 
-def test_a_front_holds_what_nothing_cheaper_beats():
+def test_a_pareto_front_has_all_points_that_are_not_dominated():
     rng = np.random.default_rng(0)
     x, loss = rng.integers(1, 9, 60) / 4, rng.integers(1, 9, 60) / 4
     front = pareto_front(x, loss)
@@ -158,7 +158,7 @@ def test_a_front_holds_what_nothing_cheaper_beats():
     assert {(x[i], loss[i]) for i in front} == pairs and len(front) == len(pairs)
 
 
-def test_sizes_are_counted_as_in_the_paper_or_else_by_the_program():
+def test_sizes_are_counted_as_in_the_paper_or_read_from_the_log():
     def size(model, kind="VARTask", lines=()):
         return model_size(RunLog("run", 1, list(lines), 1, {"task": {"_type": kind, **model}}))
 
@@ -178,7 +178,7 @@ def test_sizes_are_counted_as_in_the_paper_or_else_by_the_program():
                 size(model, lines=lines)
 
 
-def test_averaged_weights_and_errors_are_read_where_all_runs_have_them(tmp_path):
+def test_ema_losses_and_token_errors_are_read_if_all_runs_have_them(tmp_path):
     line = '{"step": 20000, "eval_ema/loss": 2.5, "eval_ema/accuracy": 0.25}'
     runs = make_ladder(tmp_path, (2, 3), extra=line)
     ladder = read_ladder(runs)
@@ -222,13 +222,13 @@ def change_task(name, config):
         ),
     ],
 )
-def test_runs_whose_losses_mean_different_things_are_refused(tmp_path, change, message):
+def test_runs_whose_losses_measure_different_things_are_refused(tmp_path, change, message):
     runs = [make_run(tmp_path, 2), make_run(tmp_path, 3, change=change)]
     with pytest.raises(InputError, match=message):
         read_ladder(runs)
 
 
-def test_runs_with_other_frozen_weights_or_images_are_refused(tmp_path):
+def test_runs_with_different_tokenizers_or_images_are_refused(tmp_path):
     runs = make_ladder(tmp_path, (2, 3))
     for run, digest in zip(runs, "ab", strict=True):
         (tmp_path / run / "frozen.json").write_text(json.dumps({"digest": digest}))
@@ -248,7 +248,7 @@ def test_runs_with_other_frozen_weights_or_images_are_refused(tmp_path):
         read_ladder(runs)
 
 
-def test_what_cannot_be_fitted_is_said_and_nothing_written(tmp_path, capsys):
+def test_invalid_requests_give_an_error_and_no_output(tmp_path, capsys):
     runs = make_ladder(tmp_path, (2, 3, 4))
 
     def error(*arguments):
@@ -286,7 +286,7 @@ def test_a_constant_loss_has_no_law(tmp_path, joint):
     scaling_json(ladder, report)
 
 
-def test_what_limits_a_fit_is_noted(tmp_path):
+def test_caveats_about_a_fit_are_noted(tmp_path):
     runs = [*make_ladder(tmp_path, (2, 3)), make_run(tmp_path, 4, steps=5000)]
 
     ladder, floors = read_ladder(runs), parse_floors("loss=0,loss_last=0")
@@ -296,14 +296,14 @@ def test_what_limits_a_fit_is_noted(tmp_path):
     notes = fit_scaling(ladder, floors=floors, resamples=0).notes
     assert any(note.startswith(unequal) for note in notes)
     notes = fit_scaling(ladder, joint=True, floors=floors, resamples=0).notes
-    assert notes == [ended]  # a joint fit knows the images that each run has seen
+    assert notes == [ended]  # a joint fit takes the images seen into account
     flat = make_ladder(tmp_path / "flat", (2, 3, 4, 5), laws={"loss": lambda n, d: 2.0 + n / 1e9})
     report = fit_scaling(read_ladder(flat), floors={"loss": 0.0}, resamples=0)
     assert "loss does not fall against parameters N" in report.notes
     assert any(note.startswith("no fit of loss against petaFLOP") for note in report.notes)
     unknown = make_run(tmp_path / "unknown", 5, extra='{"step": 20000, "step_tflop": 0}')
     assert any("no step_tflop" in note for note in read_ladder([runs[0], unknown]).notes)
-    once = '{"step": 20000, "eval_ema/loss": 2.5}'  # a single evaluation says nothing of images
+    once = '{"step": 20000, "eval_ema/loss": 2.5}'  # one evaluation says nothing about images
     ladder = read_ladder(make_ladder(tmp_path / "once", (2, 3, 4, 5), extra=once))
     report = fit_scaling(ladder, joint=True, resamples=0)
     (note,) = report.notes
@@ -313,7 +313,7 @@ def test_what_limits_a_fit_is_noted(tmp_path):
 
 def test_four_points_are_too_few_for_five_constants(tmp_path):
     runs = [make_run(tmp_path, depth, steps=2000 * depth) for depth in (2, 3, 4, 5)]
-    for run in runs:  # their last evaluations alone
+    for run in runs:  # keep only the last evaluation
         metrics = tmp_path / run / "metrics.jsonl"
         metrics.write_text("\n".join(metrics.read_text().splitlines()[-2:]))
     report = fit_scaling(read_ladder(runs), joint=True, resamples=2)
@@ -324,13 +324,13 @@ def test_four_points_are_too_few_for_five_constants(tmp_path):
     assert not report.fits
 
 
-def test_points_that_a_resample_repeats_count_once():
+def test_repeated_points_of_a_resample_count_once():
     size_P, images_P = np.repeat([[1e5, 1e6, 1e7], [1e4, 2e4, 3e4]], 3, axis=1)
     points = Points(np.stack([size_P, images_P]), np.ones(9), np.ones(9))
     assert points.spare(None) == 3 - 5 and points.spare(0.0) == 3 - 4
 
 
-def test_what_was_measured_of_the_largest_size_is_the_mean_of_its_runs(tmp_path):
+def test_the_measured_loss_of_the_largest_size_is_the_mean_of_its_runs(tmp_path):
     runs = make_ladder(tmp_path, (2, 3, 4, 5, 6))
     runs += [make_run(tmp_path / name, 8, laws={"loss": lambda n, d, loss=loss: np.asarray(loss)})
              for name, loss in (("a", 2.5), ("b", 2.7))]  # fmt: skip
@@ -338,7 +338,7 @@ def test_what_was_measured_of_the_largest_size_is_the_mean_of_its_runs(tmp_path)
     assert report.predictions["loss"][0].measured == pytest.approx(2.6, rel=0.01)
 
 
-def test_a_joint_fit_predicts_a_shorter_run_of_the_largest_size_at_its_own_length(tmp_path):
+def test_a_joint_fit_predicts_a_short_run_of_the_largest_size_at_its_length(tmp_path):
     law = {"loss": LAWS["loss"]}
     runs = make_ladder(tmp_path, (2, 3, 4, 5, 6), laws=law, noise=0)
     runs.append(make_run(tmp_path, 8, laws=law, noise=0, steps=STEPS // 10))
@@ -349,7 +349,7 @@ def test_a_joint_fit_predicts_a_shorter_run_of_the_largest_size_at_its_own_lengt
 
 
 @pytest.mark.parametrize("text", ["abc", "1e6,-1", "inf", "1e6;2e6"])
-def test_sizes_to_predict_are_numbers(text, capsys):
+def test_sizes_to_predict_must_be_positive_numbers(text, capsys):
     with pytest.raises(SystemExit):
         main(["run", "--out=out", f"--predict={text}"])
     assert f"{text!r}: give numbers of parameters above 0" in capsys.readouterr().err
@@ -365,7 +365,7 @@ def test_without_resamples_there_are_no_intervals(runs):
     assert not any("[" in line or "nan" in line for line in lines)
 
 
-def test_the_papers_lines_are_for_its_tokens_alone(tmp_path, monkeypatch):
+def test_lines_of_the_paper_are_drawn_only_for_its_tokens(tmp_path, monkeypatch):
     def paper(config):
         config["task"]["tokenizer"] = {"scales": list(SCALES_256), "vocab": 4096}
 
@@ -387,7 +387,7 @@ def test_the_papers_lines_are_for_its_tokens_alone(tmp_path, monkeypatch):
     assert not has_paper_tokens(read_ladder([make_run(tmp_path / "b", 2)]))
 
 
-def test_fits_of_the_same_runs_are_the_same_in_any_order(runs):
+def test_fits_do_not_depend_on_the_order_of_runs(runs):
     reports = [
         fit_scaling(read_ladder(order), floors={"loss": 0.0, "loss_last": 0.0}, resamples=3)
         for order in (runs, runs[::-1])
