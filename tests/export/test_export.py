@@ -1,4 +1,4 @@
-"""Exported folders draw the images of the model that they were made of, without varjax."""
+"""Tests that exported folders draw the images of their model, without varjax."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ NO_GUIDANCE, ONE_STEP = HashableDict(guidance=1.0), HashableDict(steps=1)
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Returns a function that exports a tiny model of a family, once."""
+    """Returns a cached function that exports a tiny model of a family."""
 
     @functools.cache
     def export(family, **settings):
@@ -66,7 +66,7 @@ def exported(tmp_path_factory):
 
 
 def edited_about(source, out, **changes):
-    """Copies an exported folder, with entries of its model.json replaced."""
+    """Copies an exported folder, and replaces entries of its model.json."""
     shutil.copytree(source, out)
     about = json.loads((out / "model.json").read_text())
     (out / "model.json").write_text(json.dumps(about | changes))
@@ -74,7 +74,7 @@ def edited_about(source, out, **changes):
 
 
 @pytest.mark.slow
-def test_samples_are_equal_to_the_bit(exported):
+def test_samples_are_bit_identical(exported):
     sampler = load_exported(exported("var"))
     assert "8x8 pixels, 1 channel" in repr(sampler) and "guidance=1.5" in repr(sampler)
     for given in (
@@ -83,11 +83,11 @@ def test_samples_are_equal_to_the_bit(exported):
     ):
         expected = np.asarray(model("var").sample(**given))
         np.testing.assert_array_equal(sampler.sample(**given), expected)
-    assert len(np.unique(expected)) > 50  # not one gray
+    assert len(np.unique(expected)) > 50  # the images are not uniform
 
 
 @pytest.mark.slow
-def test_encoding_decoding_and_edits_are_equal_to_the_bit(exported):
+def test_encoding_decoding_and_edits_are_bit_identical(exported):
     own, sampler = model("var"), load_exported(exported("var"))
     token_BL = sampler.encode(PICTURES)
     np.testing.assert_array_equal(token_BL, own.encode(PICTURES))
@@ -100,12 +100,12 @@ def test_encoding_decoding_and_edits_are_equal_to_the_bit(exported):
 
 
 @pytest.mark.slow
-def test_mar_is_equal_to_the_bit_for_any_number_of_kept_tokens(exported, monkeypatch):
+def test_mar_edits_are_bit_identical_for_any_number_of_kept_tokens(exported, monkeypatch):
     monkeypatch.setattr(masking, "MAX_GROUPS", 2)  # fewer programs
     own = model("mar")
     sampler = load_exported(exported("mar", what=("edit",), options=ONE_STEP))
     keep_Nhw = np.arange(16).reshape(4, 4) < np.array([0, 0, 13, 13])[:, None, None]
-    # In one call, images that keep different numbers of tokens get programs of their own.
+    # In one call, images with different numbers of kept tokens run different programs.
     numbers = {"guidance": 2.0, "temperature": 0.9, "seed": 5}
     edited = sampler.edit(PICTURES[:1], keep_Nhw, [3, 1, 3, 1], index=range(4), **numbers)
     for rows in (slice(0, 2), slice(2, 4)):
@@ -139,7 +139,7 @@ finally:
 
 
 @pytest.mark.slow
-def test_run_py_needs_jax_numpy_and_safetensors_alone(exported, tmp_path):
+def test_run_py_needs_only_jax_numpy_and_safetensors(exported, tmp_path):
     picture = tmp_path / "x.png"
     command = [sys.executable, "-c", BLOCKED, str(exported("var"))]
     command += ["--labels=3,1,10", "--seed=7", "--guidance=2", f"--out={picture}"]
@@ -161,10 +161,10 @@ def test_run_py_needs_jax_numpy_and_safetensors_alone(exported, tmp_path):
         ("--out=folder.png", "out=folder.png: is a folder"),
     ],
 )
-def test_run_py_refuses_before_it_draws(flag, message, tmp_path, monkeypatch, capsys):
+def test_run_py_refuses_bad_flags_before_drawing(flag, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
-    model = types.SimpleNamespace(about={"options": {}})  # which has no `sample`
+    model = types.SimpleNamespace(about={"options": {}})  # without `sample`
     fake = types.SimpleNamespace(ExportedModel=lambda: model)
     monkeypatch.setitem(sys.modules, "exported_model", fake)
     monkeypatch.setattr(sys, "argv", ["run.py", "--labels=3", flag])
@@ -172,20 +172,20 @@ def test_run_py_refuses_before_it_draws(flag, message, tmp_path, monkeypatch, ca
     assert message in capsys.readouterr().err
 
 
-def test_digits_are_labels_also_of_classes_that_are_named_by_numbers():
+def test_digits_are_class_numbers_even_if_classes_have_digits_as_names():
     own = object.__new__(exported_model.ExportedModel)
     own.about = {"class_names": ["1", "10", "2", "two"], "classes": 4}
     np.testing.assert_array_equal(own._numbers(["2", "1", "two", 0]), [2, 1, 3, 0])
 
 
 @pytest.mark.parametrize("images_BHWC", [PICTURES.astype(int), PICTURES.astype(np.float32)])
-def test_images_of_another_range_are_not_encoded(images_BHWC):
+def test_encode_refuses_images_of_another_dtype_or_range(images_BHWC):
     with pytest.raises(ValueError, match=f"images are {images_BHWC.dtype}, 0.* … 24.*; give uint8"):
         object.__new__(exported_model.ExportedModel).encode(images_BHWC)
 
 
 class WithoutPrograms(exported_model.ExportedModel):
-    """Checks arguments as an exported model does, and computes nothing."""
+    """Checks arguments like an exported model, but runs no program."""
 
     def __init__(self, **about):
         option = {"least": 1, "most": 9.0, "whole": False}
@@ -215,7 +215,7 @@ class WithoutPrograms(exported_model.ExportedModel):
         ({"guidance": [2.0]}, "guidance=.*: allowed are"),
     ],
 )
-def test_bad_edits_are_refused_before_a_program_is_run(given, message):
+def test_bad_edits_are_refused_before_a_program_runs(given, message):
     own, keep_hw = WithoutPrograms(), np.ones((4, 4), bool)
     assert own.edit(PICTURES, keep_hw, labels=[8, 7], guidance=2).shape == (2, 4, 4)
     assert own.edit(PICTURES[:1], np.ones((3, 4, 4), bool), index=[4, 5, 6]).shape == (3, 4, 4)
@@ -223,7 +223,7 @@ def test_bad_edits_are_refused_before_a_program_is_run(given, message):
         own.edit(PICTURES, **{"keep": keep_hw} | given)
 
 
-def test_one_label_is_one_image():
+def test_a_single_label_draws_one_image():
     own = WithoutPrograms(classes=20)
     for label in ("12", 12, np.int64(12)):
         np.testing.assert_array_equal(own._numbers(label), [12])
@@ -240,7 +240,7 @@ def test_one_label_is_one_image():
         (3, r"tokens have shape \(\)"),
     ],
 )
-def test_tokens_outside_of_the_vocabulary_are_not_decoded(tokens, message):
+def test_decode_refuses_tokens_outside_the_vocabulary(tokens, message):
     np.testing.assert_array_equal(WithoutPrograms().decode([[0, 15]]), [[0, 15]])
     with pytest.raises(ValueError, match=message):
         WithoutPrograms().decode(tokens)
@@ -254,7 +254,7 @@ def test_latents_have_no_vocabulary():
     np.testing.assert_array_equal(WithoutPrograms(vocab=None).decode(latents), latents)
 
 
-def test_names_of_classes_are_understood_as_varjax_does():
+def test_class_names_are_resolved_as_in_varjax():
     names = "crane", "Dog", "crane", "cat", "Cat"
     own = object.__new__(exported_model.ExportedModel)
     synsets = "n0", "n1", "n2", "n3", "n4"
@@ -262,14 +262,14 @@ def test_names_of_classes_are_understood_as_varjax_does():
     labels = [" 2", "Dog", "dog ", "Cat", "cat", 5, "n4"]
     np.testing.assert_array_equal(own._numbers(labels), [2, 1, 1, 4, 3, 5, 4])
     assert ClassNames(names, synsets).numbers(labels) == [2, 1, 1, 4, 3, 5, 4]
-    for label in ("crane", "CAT"):  # several classes
+    for label in ("crane", "CAT"):  # names of several classes
         with pytest.raises(ValueError, match=f"'{label}'"):
             own._numbers([label])
         with pytest.raises(InputError, match=f"'{label}' names several .*; give a number"):
             ClassNames(names).numbers([label])
 
 
-def test_exports_that_draw_other_images_have_other_identities():
+def test_exports_that_draw_different_images_have_different_identities():
     facts = {"classes": 10, "class_names": [], "synsets": [], "weights_digest": "a"}
     facts |= {"image_shape": (8, 8, 1), "edit_shape": (4, 4), "options": {"seed": {"value": 0}}}
     facts |= {"fixed_options": {}, "varjax": "1", "jax": "1"}
@@ -290,7 +290,7 @@ def test_exports_that_draw_other_images_have_other_identities():
         (["--what=sample", "--platforms=cpu"], True),
     ],
 )
-def test_the_command_to_draw_is_named_if_it_draws_here(flags, draws, monkeypatch, capsys):
+def test_the_drawing_command_is_printed_only_if_it_works_here(flags, draws, monkeypatch, capsys):
     monkeypatch.setattr(command, "export_model", lambda *_, **__: None)
     assert main(["--weights=runs/x", "--out=out", *flags]) == 0
     assert capsys.readouterr().out.startswith("out is written; draw: python out/run.py") == draws
@@ -306,7 +306,7 @@ def test_a_grid_has_its_images_in_rows(channels):
         run.grid_png(np.full_like(images_NHWC, np.nan))
 
 
-def test_the_scripts_are_short_and_import_little():
+def test_exported_scripts_are_short_and_import_little():
     lines = {}
     for name in folder.SCRIPTS:
         text = (pathlib.Path(exported_model.__file__).parent / name).read_text()
@@ -315,14 +315,14 @@ def test_the_scripts_are_short_and_import_little():
     assert lines["run.py"] <= 100
 
 
-def test_a_guide_that_would_do_nothing_is_not_exported(tmp_path):
+def test_a_guide_is_refused_if_guidance_is_off(tmp_path):
     weak = str(runs.untrained_var())
     with pytest.raises(InputError, match="guidance is 1, which turns the guide off"):
         export_model(weak, tmp_path / "out", guide=weak, options=NO_GUIDANCE, platforms=["cpu"])
 
 
 def licensed(folder, license):
-    """Copies a tiny model, with a license unless it is None."""
+    """Copies a tiny model, and adds a license unless it is None."""
     shutil.copytree(runs.untrained_var(), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -348,7 +348,7 @@ def test_an_export_states_the_licenses_of_all_weights_in_it(tmp_path):
     assert folder.joined_licenses([none, none]) == {}
     export_model(free, tmp_path / "decode", guide=str(strict), **small | {"what": ("decode",)})
     about = json.loads((tmp_path / "decode" / "model.json").read_text())
-    assert about["license"] == "MIT"  # the guide's weights are not in it
+    assert about["license"] == "MIT"  # it has no weights of the guide
 
 
 @pytest.mark.slow
@@ -391,8 +391,8 @@ def test_bad_requests_are_refused(exported, given, message):
         load_exported(exported("var")).sample(**given)
 
 
-def test_a_range_of_timesteps_is_fixed():
-    """Its ends are inputs of the program, but nothing in the folder would check their order."""
+def test_the_guidance_timestep_range_is_fixed():
+    """The ends are inputs of the program, but nothing in the folder could check their order."""
     options = MAROptions(guidance_timestep_from=200, guidance_timestep_to=800)
     ends = {"guidance_timestep_from": 200, "guidance_timestep_to": 800}
     facts = option_facts(options, {"guidance", *ends})
@@ -403,7 +403,7 @@ def test_a_range_of_timesteps_is_fixed():
 
 
 @pytest.mark.parametrize(("guidance", "least"), [(1.005, 1.005), (3.0, 1.01)])
-def test_an_export_s_own_guidance_is_in_its_range(guidance, least):
+def test_the_default_guidance_is_within_its_limits(guidance, least):
     facts = option_facts(VAROptions(guidance=guidance), {"guidance"})
     about = facts["options"]["guidance"]
     assert about["value"] == guidance and about["least"] == least
@@ -411,7 +411,7 @@ def test_an_export_s_own_guidance_is_in_its_range(guidance, least):
 
 
 @pytest.mark.slow
-def test_the_script_itself_refuses_bad_requests(exported):
+def test_the_exported_script_refuses_bad_requests(exported):
     own = exported_model.ExportedModel(exported("var"))
     for given in ({"labels": [11]}, {"labels": ["volcano"]}, {"labels": [1], "seed": 2**32}):
         with pytest.raises(ValueError, match="allowed are (whole numbers )?0 …"):
@@ -424,14 +424,14 @@ def test_the_script_itself_refuses_bad_requests(exported):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{"jax": "99.0"}, {"calling_convention": 99}])
-def test_a_version_of_jax_that_cannot_read_it_is_refused(exported, tmp_path, change):
+def test_an_incompatible_jax_version_is_refused(exported, tmp_path, change):
     out = edited_about(exported("var"), tmp_path / "out", **change)
     with pytest.raises(InputError, match=f"these programs need JAX.*this is jax {jax.__version__}"):
         load_exported(out)
 
 
 @pytest.mark.parametrize("suffix", ["", "rc1", ".dev20260101", ".dev20260101+0a1b2c3"])
-def test_an_export_by_any_kind_of_version_of_jax_is_compared_with_this_one(
+def test_the_jax_version_of_an_export_is_compared_with_the_installed_one(
     suffix, tmp_path, monkeypatch
 ):
     convention = exported_model.export.maximum_supported_calling_convention_version
@@ -451,7 +451,7 @@ def test_an_export_by_any_kind_of_version_of_jax_is_compared_with_this_one(
 def test_damaged_and_missing_files_are_refused(exported, tmp_path):
     out = edited_about(exported("var"), tmp_path / "out")
     model = load_exported(os.path.relpath(out))
-    os.chdir("/")  # files are read at their first use
+    os.chdir("/")  # files are read at first use, by absolute paths
     for name in ("programs/sample.cpu.bin", "weights.safetensors"):
         whole = (out / name).read_bytes()
         flipped = bytes([whole[-100] ^ 1])
@@ -470,7 +470,7 @@ def test_damaged_and_missing_files_are_refused(exported, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_platforms_get_programs_and_weights_of_half_the_size(exported):
+def test_accelerators_get_their_own_programs_and_bfloat16_weights(exported):
     out = exported("var", platforms=("cuda", "tpu"), what=("sample",), batch_sizes=(2,))
     tensors, _ = read_safetensors(out / "weights.safetensors")
     kernels = {
@@ -485,7 +485,7 @@ def test_other_platforms_get_programs_and_weights_of_half_the_size(exported):
 
 
 @pytest.mark.slow
-def test_fixed_batch_sizes_and_no_guidance(exported):
+def test_fixed_batch_sizes_without_guidance_draw_the_same_images(exported):
     own = model("var")
     out = exported("var", what=("sample",), batch_sizes=(2,), options=NO_GUIDANCE)
     sampler = load_exported(out)
@@ -501,7 +501,7 @@ def test_fixed_batch_sizes_and_no_guidance(exported):
 
 
 @pytest.mark.parametrize("kind", [VAROptions, MAROptions])
-def test_the_limits_of_options_are_those_that_are_checked(kind):
+def test_limits_of_options_match_their_checks(kind):
     count = 0
     for field in dataclasses.fields(kind):
         if field.metadata["limits"] is None:
@@ -532,16 +532,14 @@ def test_the_command_refuses_bad_flags(tmp_path, capsys, flag, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_programs_are_compiled(
-    tmp_path, capsys, monkeypatch
-):
+def test_an_unwritable_folder_is_refused_before_compiling(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(folder, "exported_programs", None)
     (tmp_path / "file").write_text("")
     assert main([f"--weights={runs.untrained_var()}", f"--out={tmp_path / 'file' / 'x'}"]) == 1
     assert f"cannot write to {tmp_path / 'file'}" in capsys.readouterr().err
 
 
-def test_the_command_writes_no_folder_over_another(tmp_path, capsys):
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("")
     assert main([f"--weights={runs.untrained_var()}", f"--out={tmp_path}"]) == 1
     assert "mine.txt, which would be lost" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The server of docs/serving.md draws the images of varjax, if FastAPI is installed."""
+"""Tests that the server in docs/serving.md draws varjax's images, if FastAPI is installed."""
 
 import concurrent.futures
 import io
@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs" / "serving.md").read_text()
 (SERVER,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
-def test_the_server_is_short_and_needs_no_varjax():
+def test_the_server_is_short_and_does_not_import_varjax():
     assert len([line for line in SERVER.splitlines() if line.strip()]) <= 40
     allowed = {"fastapi", "exported_model", "run"} | sys.stdlib_module_names
     assert imported_modules(SERVER) <= allowed
@@ -53,4 +53,4 @@ def test_every_request_gets_its_image_and_bad_ones_are_refused(tmp_path, monkeyp
     for answer, image_HWC in zip(answers, images_NHWC, strict=True):
         with Image.open(io.BytesIO(answer.content)) as picture:
             difference = np.asarray(picture)[..., None].astype(int) - image_HWC
-        assert np.abs(difference).max() <= 1  # other batches round differently
+        assert np.abs(difference).max() <= 1  # rounding may differ with the batch
