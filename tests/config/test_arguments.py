@@ -17,7 +17,7 @@ from varjax.config.arguments import split_argument
         ("", [""]),
     ],
 )
-def test_commas_separate_words_except_in_paths_that_exist(text, words):
+def test_commas_separate_words_except_in_existing_paths(text, words):
     for name in ("a", "a, b"):
         pathlib.Path(name).mkdir()
     assert split_argument(text) == words

@@ -72,7 +72,7 @@ def test_values_in_a_config_file_must_fit_their_fields(tmp_path, config, more):
 
 
 @pytest.mark.parametrize("failures", [1, 100])
-def test_a_config_file_that_cannot_be_read_now_is_tried_again(tmp_path, monkeypatch, failures):
+def test_a_failed_read_of_a_config_file_is_retried(tmp_path, monkeypatch, failures):
     (tmp_path / "failing.py").write_text("def get_config(): return 1")
     read, left = importlib.machinery.SourceFileLoader.get_data, [failures]
 
@@ -91,7 +91,7 @@ def test_a_config_file_that_cannot_be_read_now_is_tried_again(tmp_path, monkeypa
 
 
 def test_a_config_file_is_executed_once(tmp_path):
-    """An error of the machine in the config itself is no error in reading the config."""
+    """An OSError from the config's own code is not a failed read, so it is not retried."""
     file = tmp_path / "config.py"
     file.write_text(
         "import os\nos.mkdir(__file__ + '.executed')\nraise OSError(5, 'of the config')\n"
@@ -108,13 +108,13 @@ def test_shipped_configs_are_found_by_name():
         load_config("xyz")
 
 
-def test_configs_of_one_folder_import_one_another(tmp_path):
+def test_configs_in_one_folder_can_import_each_other(tmp_path):
     (tmp_path / "first.py").write_text("def get_config(arg='d'):\n    return arg\n")
     (tmp_path / "second.py").write_text("from .first import get_config\n")
     assert load_config(f"{tmp_path / 'second.py'}:x") == "x"
 
 
-def test_flags_and_changed_fields_may_stand_in_any_order(config):
+def test_flags_and_changed_fields_may_be_in_any_order(config):
     flags, run = read("--config.name=a", f"{config}:7", "--out=b", "--config.name=c")
     assert (flags.out, run.steps, run.name) == ("b", 7, "c")
 
@@ -140,7 +140,7 @@ def test_a_value_may_follow_after_a_space(config):
         ),
     ],
 )
-def test_wrong_flags_are_refused_with_what_is_allowed(config, arguments, message):
+def test_wrong_flags_are_refused_with_advice(config, arguments, message):
     with pytest.raises(ValueError, match=message):
         read(config, "--out=b", *arguments)
 
@@ -200,7 +200,7 @@ class Root:
     leaf: Leaf | None = None
 
 
-def test_fields_are_documented_by_the_docstring_in_either_form():
+def test_field_docs_are_read_from_both_forms_of_docstrings():
     assert field_docs(Leaf) == {"rate": "for a batch of 256 images."}
     both = "whether it flips."
     assert field_docs(Root) == {"part": "the part.", "flip": both, "on": both}

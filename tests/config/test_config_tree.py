@@ -37,7 +37,7 @@ class Root:
     leaves: tuple[Leaf, ...] = ()
 
 
-def test_json_there_and_back_is_the_same_settings():
+def test_a_json_round_trip_keeps_the_settings():
     root = Root(Leaf(rate=2, sizes=(), limit=4), Other(7), leaves=(Leaf(name="y"),))
     data = json.loads(json.dumps(config_tree.to_dict(root)))
     assert data["part"] == {"_type": "Other", "depth": 3}
@@ -45,7 +45,7 @@ def test_json_there_and_back_is_the_same_settings():
     assert config_tree.from_dict(Root, data) == root
 
 
-def test_changed_fields_tell_configs_apart_and_ignore_fields_added_later():
+def test_changed_fields_identify_configs_and_ignore_fields_added_later():
     leaf = Leaf(rate=2, sizes=())
     changed = config_tree.changed_fields(Root(leaf, Other(7), leaves=(leaf, Leaf())))
     assert changed == {
@@ -58,7 +58,7 @@ def test_changed_fields_tell_configs_apart_and_ignore_fields_added_later():
     assert config_tree.changed_fields(later(2, ())) == changed["leaf"]
 
 
-def test_an_interface_cannot_be_rebuilt_but_its_part_can():
+def test_a_protocol_field_cannot_be_rebuilt_but_its_value_can():
     data = config_tree.to_dict(Root(part=Other(9)))
     with pytest.raises(ValueError, match="Root.part is annotated by a Protocol"):
         config_tree.from_dict(Root, data)
@@ -89,7 +89,7 @@ def test_wrong_types_and_unknown_fields_are_refused_by_name(data):
         (Root(choice=Root()), r"^choice must be Leaf \| Other \| none, not a Root"),
     ],
 )
-def test_a_value_that_does_not_fit_its_annotation_is_found_anywhere_in_the_tree(root, says):
+def test_wrong_types_are_found_anywhere_in_the_tree(root, says):
     with pytest.raises(InputError, match=says):
         config_tree.check_types(root)
 
@@ -99,7 +99,7 @@ def test_values_that_fit_their_annotations_pass():
     config_tree.check_types(Root(leaf, Other(7), Leaf(rate=np.float64(0.1)), (leaf, Leaf())))
 
 
-def test_a_float_accepts_an_integer_and_becomes_a_float():
+def test_an_integer_in_a_float_field_becomes_a_float():
     assert type(config_tree.from_dict(Leaf, {"rate": 1}).rate) is float
 
 
@@ -117,13 +117,13 @@ def test_a_float_accepts_an_integer_and_becomes_a_float():
         ("leaf.name=", "name", ""),
     ],
 )
-def test_an_override_is_parsed_by_the_annotation(assignment, field, value):
+def test_an_override_is_parsed_by_its_annotation(assignment, field, value):
     changed = config_tree.override(Root(), [assignment])
     assert getattr(changed.leaf, field) == value
     assert changed == Root(dataclasses.replace(Leaf(), **{field: value}))
 
 
-def test_an_override_reaches_behind_an_interface_and_none():
+def test_an_override_reaches_protocol_and_optional_fields():
     assert config_tree.override(Root(), ["part.depth=8"]).part == Other(8)
     assert config_tree.override(Root(Leaf(limit=1)), ["leaf.limit=none"]).leaf.limit is None
     root = Root(choice=Other(9))
@@ -172,12 +172,12 @@ def test_differences_name_every_path():
         ("part.depth=18446744073709551616", "part.depth must be a number"),
     ],
 )
-def test_numbers_that_jax_would_cut_off_are_refused(text, says):
+def test_numbers_that_jax_would_truncate_are_refused(text, says):
     with pytest.raises(ValueError, match=says):
         config_tree.override(Root(), [text])
 
 
 @pytest.mark.parametrize("rate", [float("nan"), float("-inf"), 1e39, 10**400])
-def test_so_are_those_in_files(rate):
+def test_numbers_in_files_that_jax_would_truncate_are_refused(rate):
     with pytest.raises(ValueError, match="Leaf.rate must be a finite number"):
         config_tree.from_dict(Leaf, {"rate": rate})
