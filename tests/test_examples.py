@@ -428,7 +428,6 @@ def test_reverse_diffusion_recovers_a_gaussian():
     noise_JNZ = noisy(nano_mar.J, 4000, nano_mar.Z, seed=1)
     x_NZ = jax.jit(functools.partial(nano_mar.reverse_diffusion, exact))(noise_JNZ)
     assert abs(x_NZ.mean() - mean) < 0.01
-    print(x_NZ.std() / std)
     assert 0.92 < x_NZ.std() / std < 1.01
 
 

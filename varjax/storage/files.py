@@ -177,6 +177,10 @@ def create_json(path: str | os.PathLike, data: Any) -> bool:
         except FileExistsError:
             return False
         except OSError:  # a file system without links
+            try:
+                target.touch(exist_ok=False)  # only one process can create the file
+            except FileExistsError:
+                return False
             os.replace(temporary, target)
         _fsync(target.parent)
     return True

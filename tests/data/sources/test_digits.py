@@ -9,6 +9,8 @@ IMAGE_HWC = RNG.integers(0, 256, (8, 8, 1), np.uint8)
 
 def test_the_splits_are_complete_and_balanced():
     train, held_out = Digits().source("train"), Digits().source("held_out")
+    images = [{x.tobytes() for x in split.images_NHWC} for split in (train, held_out)]
+    assert not images[0] & images[1]
     assert len(train) + len(held_out) == 1797
     for label in range(10):
         share = np.mean(np.concatenate([train.labels_N, held_out.labels_N]) == label)

@@ -241,7 +241,7 @@ def test_a_folder_is_read_without_the_libraries_of_other_datasets(official):
 
 
 def test_errors_of_the_machine_are_not_taken_for_broken_images(tmp_path, monkeypatch):
-    """No image is replaced by another one, with threads and with worker processes."""
+    """No image is replaced by another one."""
     for i in range(300):
         path = tmp_path / f"{'train' if i else 'val'}/{i:03d}.png"
         path.parent.mkdir(exist_ok=True)
