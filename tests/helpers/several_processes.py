@@ -18,7 +18,8 @@ def together(count: int, *jobs: dict, deadline: float = 300) -> tuple[list[int |
     """Runs jobs in several processes together; returns their exit codes and output.
 
     No process may outlive the first one to end by more than 10 s. A process that does gets SIGABRT,
-    which makes Python print its stack traces; if none ends before the deadline, all get it.
+    which makes Python print its stack traces, and its exit code is None. If none ends before the
+    deadline, all get it.
 
     Args:
         count: number of processes.
@@ -43,11 +44,12 @@ def together(count: int, *jobs: dict, deadline: float = 300) -> tuple[list[int |
     ]
     _wait(any, processes, deadline)
     _wait(all, processes, 10)
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGABRT)
+    hanging = [process for process in processes if process.poll() is None]
+    for process in hanging:
+        process.send_signal(signal.SIGABRT)
     _wait(all, processes, 10)
-    codes, said = [process.poll() for process in processes], []
+    codes = [None if process in hanging else process.poll() for process in processes]
+    said = []
     for process, file in zip(processes, files, strict=True):
         process.kill()
         process.wait()

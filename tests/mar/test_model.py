@@ -73,10 +73,10 @@ def test_tokens_and_hidden_match_reference(name):
 def test_padding_has_no_effect_and_no_gradient(attention):
     case = golden.case("mar_base")
     token_BnZ = known_tokens(case)
-    padding = 3
-    padded_BnZ = np.pad(token_BnZ, ((0, 0), (0, padding), (0, 0)), constant_values=7.0)
-    # Padding names positions that are known and positions that are not.
-    position_Bn = np.pad(case.position_Bn, ((0, 0), (0, padding)), constant_values=2)
+    padded_BnZ = np.pad(token_BnZ, ((0, 0), (0, 3), (0, 0)), constant_values=7.0)
+    # Padding names a position that is known, and two that are not (an order begins with those).
+    parts = case.position_Bn, case.position_Bn[:, :1], case.out["orders"][:, :2]
+    position_Bn = np.concatenate(parts, axis=1, dtype=np.int32)
     known_Bn = np.arange(position_Bn.shape[1]) < case.known
     known_Bn = np.broadcast_to(known_Bn, position_Bn.shape)
 

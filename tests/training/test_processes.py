@@ -85,7 +85,7 @@ def test_one_process_with_eight_devices_trains_and_evaluates_the_same(runs):
 
 def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
     codes, said = together(2, job(tmp_path / "run", fail_in_save=20))
-    # JAX aborts a process whose coordinator (the first one) is gone; `together` would kill it.
+    # JAX aborts a process whose coordinator (the first one) is gone. A hang would be None.
     assert codes[0] == 1 and codes[1] in (1, -signal.SIGABRT), said
     assert "failed: saving to" in said[0] and "good: [10]" in said[0], said
     assert SavedSteps(tmp_path / "run" / "checkpoints").steps() == [10]

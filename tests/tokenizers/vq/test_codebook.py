@@ -109,10 +109,9 @@ def test_only_dead_codes_restart_and_only_at_intervals():
     z_BLZ = jnp.full((3, 5, 2), 7.0)
     params = {"quantizer": {"codebook": old_VZ}}
     moments = {"mu": params, "nu": params}
-    usage_V = jnp.array([0.5, 0.0, 0.5, 0.0])
-    # Code 1 is not dead, although only the first scale uses it, in every tenth image.
+    # Code 1 would be dead after this batch, if one image in ten did not use it in the first scale.
+    usage_V = jnp.array([0.5, 0.025, 0.5, 0.0])
     frequency_KV = jnp.array([[0.9, 0.1, 0, 0], [2.0, 0, 2.0, 0]])
-    usage_V = usage_V.at[1].set(0.03)
 
     @jax.jit
     def restart(step):
