@@ -528,24 +528,6 @@ def test_a_comma_in_a_path_is_escaped_unless_the_path_exists(make_folder):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "digits",
-        "digits_tokenizer",
-        "photos_tokenizer:adversarial",
-        "tokenizer",
-        "kl_tokenizer",
-        "var:d16",
-    ],
-)
-def test_every_config_field_is_documented(name):
-    lines = config_flags.describe(config_flags.load_config(name)).splitlines()
-    alone = [line for line, after in zip(lines, [*lines[1:], "  "], strict=True)
-             if line[2] != " " and after[2] != " "]  # fmt: skip
-    assert not alone
-
-
-@pytest.mark.parametrize(
     "name, token, map, patch, length",
     [
         ("kl16", 16, (16, 16), 1, 256),

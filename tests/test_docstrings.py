@@ -115,7 +115,15 @@ def test_continuation_lines_belong_to_an_entry():
     assert ("Config", "a, b", "number of the layers.") in descriptions(EXAMPLE)
 
 
-CONFIGS = ("var:d16", "mar:b", "tokenizer:256", "kl_tokenizer:256", "digits", "digits_mar:codes")
+CONFIGS = (
+    "var:d16",
+    "mar:b",
+    "tokenizer:256",
+    "kl_tokenizer:256",
+    "photos_tokenizer:adversarial",
+    "digits",
+    "digits_mar:codes",
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

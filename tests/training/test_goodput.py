@@ -1,11 +1,13 @@
 import json
 import time
 
+import jax
 import pytest
 
 from tests.helpers import tiny
+from varjax.runtime import hardware
 from varjax.training import loop
-from varjax.training.goodput import KINDS, Goodput, earlier_goodput
+from varjax.training.goodput import KINDS, Goodput, ThroughputMeter, earlier_goodput
 from varjax.training.sharding import Prefetcher
 
 
@@ -132,3 +134,25 @@ def test_goodput_of_a_killed_run_covers_all_starts(tmp_path, monkeypatch):
         assert seconds(end)[kind] >= seconds(resumed)[kind] > 0
     share = seconds(end)["step"] / sum(seconds(end).values())
     assert end["goodput/fraction"] == pytest.approx(share) and 0 < share < 1
+
+
+def test_rates_exclude_paused_time(now, monkeypatch):
+    monkeypatch.setattr(hardware, "peak_flops", lambda: 4e12)
+    meter = ThroughputMeter(batch_size=8, parameters=5)
+    meter.step_flops = 6_000_000_000_000 * jax.device_count()
+    assert meter.measure(3, waited=1.0).keys() <= {"memory_gb", "memory_peak_gb"}
+    now[0] += 10
+    with meter.paused():
+        now[0] += 1000
+    figures = meter.measure(8, waited=3.5)
+    del figures["memory_peak_gb"]
+    assert figures == {
+        "images_per_second": 4.0,
+        "step_seconds": 2.0,
+        "tflops_per_device": 3.0,
+        "mfu": 0.75,
+        "step_tflop": 6.0 * jax.device_count(),
+        "parameters": 5,
+        "data_wait": 2.5,
+        "data_wait_fraction": 0.25,
+    }
