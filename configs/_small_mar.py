@@ -25,8 +25,8 @@ ORDERS: dict[Order, dict[str, Any]] = {
 }
 TOKENS = "continuous", "codes"
 TOKENIZER_BATCH_SIZE = 64
-# Each pass masks other tokens in another order, so a transformer learns more from an image than
-# one that always sees the same sequence.
+# Each pass masks different tokens in a different order, so a transformer learns more from an image
+# than one that always sees the same sequence.
 MOST_MAR_PASSES = 4 * MOST_PASSES
 
 

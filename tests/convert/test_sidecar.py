@@ -160,7 +160,7 @@ def test_both_models_round_trip_and_unofficial_settings_are_noted(tmp_path, caps
     assert main([*flags, f"--out={tmp_path / 'square'}"]) == 0
     with pytest.raises(InputError, match="latent_scale=0.0: .*above 0"):
         convert(tmp_path / "x", {"latent_scale": 0.0}, kl=tmp_path / "torch/tokenizer.pth")
-    with pytest.raises(InputError, match="has other settings than --latent_scale"):
+    with pytest.raises(InputError, match="has different settings than --latent_scale"):
         convert(tmp_path / "x", {"latent_scale": 0.2325}, kl=tmp_path / "torch/tokenizer.pth")
 
 
@@ -235,9 +235,9 @@ def test_a_sidecar_of_another_file_or_model_is_refused(tmp_path, capsys):
     for flags in (["--groups=2"], ["--groups=32"], ["--scales=1,2,3"]):
         name = flags[0].partition("=")[0]
         text = reason(*flags)
-        assert f"has other settings than {name}; omit {name}, or delete the JSON" in text
+        assert f"has different settings than {name}; omit {name}, or delete the JSON" in text
     config = good["config"] | {"phi_ratio": 0.25}
-    assert "other settings than --phi_ratio" in reason("--phi_ratio=0.5", config=config)
+    assert "different settings than --phi_ratio" in reason("--phi_ratio=0.5", config=config)
     path.write_text("[]")
     assert "not a JSON object" in refused(capsys, tmp_path, flag)
     # Fine-tuned weights have another SHA-256; without "sha256", the JSON fits any file.

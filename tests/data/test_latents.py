@@ -178,7 +178,7 @@ def test_tokens_of_another_tokenizer_are_refused(cache, task, tmp_path):
         (other / path.name).symlink_to(path)
     data = CachedLatents(str(other))
     with pytest.raises(
-        ValueError, match="(?s)another tokenizer:.*num_phi: 1 in the data.*weights: 0000"
+        ValueError, match="(?s)a different tokenizer:.*num_phi: 1 in the data.*weights: 0000"
     ):
         loop.train(Experiment(task, data, str(tmp_path / "run"), batch_size=8, steps=1))
     tokenizer = VQTask(runs.TOKENIZER)

@@ -115,7 +115,7 @@ def test_weights_are_recognized_by_file_digests_and_not_by_size(converted, tmp_p
     # d20 and d16 share only the tokenizer's file.
     assert "was not made from the published files of var_d16" in said(converted("var_d20"))
     options = {"convert_options": {"phi_ratio": 0.25}}
-    assert "converted with other options than the defaults: phi_ratio" in said(
+    assert "converted with options other than the defaults: phi_ratio" in said(
         converted("var_d16", **options)
     )
     # Weights fine-tuned by others name their release, whose digests are not published.

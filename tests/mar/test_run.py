@@ -69,6 +69,6 @@ def test_cached_latents_match_those_of_images(task, latents):
 def test_latents_of_another_tokenizer_are_refused(task, latents, tmp_path):
     other = dataclasses.replace(task, tokenizer_weights="random")
     with pytest.raises(
-        InputError, match="the latents were made by another tokenizer:\n  weights: "
+        InputError, match="the latents were made by a different tokenizer:\n  weights: "
     ):
         loop.train(experiment(other, latents, tmp_path / "run"))

@@ -190,7 +190,7 @@ def test_invalid_forks_are_refused(tmp_path):
         with pytest.raises(InputError, match=f"has 7 steps, and this run ends at {steps}"):
             loop.train(dataclasses.replace(short, fork_from=str(tmp_path)))
     wider = dataclasses.replace(e, task=tiny.Tiny(width=4), run_dir=str(tmp_path / "wider"))
-    with pytest.raises(InputError, match="has other params than this config"):
+    with pytest.raises(InputError, match="has different params than this config"):
         loop.train(dataclasses.replace(wider, fork_from=str(tmp_path)))
     with pytest.raises(InputError, match="give one of them"):
         dataclasses.replace(e, init_from="a").check()

@@ -144,7 +144,7 @@ def test_incompatible_guides_are_refused():
     for guide, message in (
         (pipeline(other), "classes: guide 9, model 10"),
         (pipeline(dataclasses.replace(VAR, scales=(1, 4)), scales=(1, 4)), "scales: guide"),
-        (pipeline(tokenizer_seed=1), "tokenizer has other weights"),
+        (pipeline(tokenizer_seed=1), "tokenizer has different weights"),
         (3, "guide is a int; it must be a VARPipeline"),
     ):
         with pytest.raises(InputError, match=message):

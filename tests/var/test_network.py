@@ -188,7 +188,7 @@ def test_incompatible_refiners_are_refused_before_compilation():
         (VARPipeline(TOKENIZER, other_classes, params()), 1, "classes: refiner 3, model 10"),
         (VARPipeline(TOKENIZER, other_scales, params()), 1, r"scales: refiner \(1, 2, 4\), model"),
         (VARPipeline(TOKENIZER, VAR, params() | {"tokenizer": other_codes}), 1,
-         "refiner's tokenizer has other weights"),
+         "refiner's tokenizer has different weights"),
         (MARPipeline(None, runs.MAR, {"mar": {}, "tokenizer": {}}), 1, "refiner is a MARPipeline"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=problem):

@@ -127,7 +127,7 @@ def draw_curves(
 
     Raises:
         InputError: no run has logged anything yet, no run has logged `by_scale`, or the reference
-            is of another task than all runs.
+            is of a task that no run has.
     """
     tasks = {_setting(run.config, "task", "_type") for run in runs}
     if reference and not tasks & {"", reference.task}:

@@ -236,7 +236,7 @@ class SavedSteps:
             tree = saved[name].tree if saved.get(name) is not None else {}
             self._check_description(step, name, tree, recorded)
             if report := trees.difference(abstract[name], tree):
-                raise MismatchError(f"{path} has other {name} than this config:\n{report}")
+                raise MismatchError(f"{path} has different {name} than this config:\n{report}")
         if recorded and abstract["opt_state"] is not None:
             leaves = trees.paths(abstract["opt_state"])
             expected = {name: dtype_and_shape(x) for name, x in leaves.items()}
@@ -244,7 +244,7 @@ class SavedSteps:
             if expected != stored:
                 differing = sorted(dict(expected.items() ^ stored.items()))
                 raise MismatchError(
-                    f"{path} has another opt_state than this config; {len(differing)} arrays "
+                    f"{path} has a different opt_state than this config; {len(differing)} arrays "
                     f"differ: {', '.join(differing[:10])}"
                 )
 

@@ -442,4 +442,4 @@ def check_tokenizer(weights: WeightsDir, expected: Any) -> None:
         settings = config_tree.to_dict(weights.read_tokenizer_config(type(expected)))
     names = [n for n in dict.fromkeys((*settings, *needed)) if settings.get(n) != needed.get(n)]
     if lines := [f"{n}: {settings.get(n)}, expected {needed.get(n)}" for n in names]:
-        raise InputError(f"{weights.path} has another tokenizer:\n  " + "\n  ".join(lines))
+        raise InputError(f"{weights.path} has a different tokenizer:\n  " + "\n  ".join(lines))

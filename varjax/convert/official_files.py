@@ -19,7 +19,7 @@ from varjax.storage.untrusted import abridged, check_name, check_relative_name, 
 
 # Names that only HMAR's models have; `word_embed.weight` is in VAR's models too.
 HMAR_NAMES = ("ns_blocks.", "ns_head", "mask_blocks.", "mask_head", "mask_embed.", "base_blocks.")
-HMAR = "an HMAR model (NVlabs/HMAR, arXiv 2506.04421), another architecture than VAR"
+HMAR = "an HMAR model (NVlabs/HMAR, arXiv 2506.04421), not a VAR"
 INDEX = ".index.json"
 MAX_INDEX_BYTES, MAX_SHARDS = 2**24, 2**10
 PART = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)")

@@ -137,7 +137,7 @@ def _check_belongs(data: Mapping[str, Any], file: pathlib.Path, local: pathlib.P
         raise InputError(
             f"belongs to another {file.name}: the file's SHA-256 differs from the recorded one. "
             'If you changed the weights but not the model, delete "sha256" from the JSON; if the '
-            "model is another one, delete the JSON"
+            "model is a different one, delete the JSON"
         )
 
 
@@ -152,7 +152,7 @@ def _check_size(config: Any, constants: Mapping[str, Any], source: Source) -> No
     if needed != held:
         raise InputError(
             f"describes a model of {needed:,} parameters, but the file has {held:,}; delete the "
-            "JSON if the model is another one"
+            "JSON if the model is a different one"
         )
 
 
@@ -182,4 +182,4 @@ def _check_options(sidecar: Sidecar, kind: NameMap, options: Mapping[str, Any]) 
             wrong += others
     if wrong:
         flags = ", ".join(f"--{name}" for name in wrong)
-        raise InputError(f"has other settings than {flags}; omit {flags}, or delete the JSON")
+        raise InputError(f"has different settings than {flags}; omit {flags}, or delete the JSON")

@@ -77,7 +77,7 @@ def open_demo_model(location: str, dtype: Dtype = "auto", lpips: PyTree | None =
 
 
 def check_same_images(models: Sequence[DemoModel]) -> None:
-    """Raises InputError if models of a page have other classes or images than the first one.
+    """Raises InputError if models of a page have different classes or image shapes.
 
     The tabs share the choice of classes and the picture to edit between all models.
     """

@@ -88,7 +88,7 @@ def _weights_differ(location: str | pathlib.Path, name: str) -> list[str]:
         return [f"{location} was not made from the published files of {name}, by their SHA-256"]
     if options := config.get(CONVERT_OPTIONS):
         return [
-            f"{location} was converted with other options than the defaults: {', '.join(options)}"
+            f"{location} was converted with options other than the defaults: {', '.join(options)}"
         ]
     return []
 

@@ -103,7 +103,7 @@ def add_label_accuracy(
 ) -> None:
     """Adds the fraction of images that a classifier assigns to their class, or why there is none.
 
-    Adds a notice if the labels may number other classes than the classifier does.
+    Adds a notice if the labels may number the classes differently than the classifier.
 
     Args:
         measured: metrics to add it to.

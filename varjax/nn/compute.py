@@ -102,7 +102,7 @@ class ComputeConfig:
                     "choose auto"
                 )
             return "grouped" if cached else "splash"
-        # In other formats than bfloat16, attention is not fused, on any machine.
+        # In formats other than bfloat16, attention is not fused, on any machine.
         fused = self.attention_impl == "cudnn" and self.jax_dtype == jnp.bfloat16
         if fused and not self._has_cudnn:
             raise InputError(

@@ -186,8 +186,8 @@ def checked_companion(
     digests = [trees.digest(pipeline.params["tokenizer"]) for pipeline in (model, other)]
     if model.tokenizer != other.tokenizer or digests[0] != digests[1]:
         raise InputError(
-            f"the {role}'s tokenizer has other weights than this model's; choose a {role} that was "
-            "trained on the same tokenizer"
+            f"the {role}'s tokenizer has different weights than this model's; choose a {role} that "
+            "was trained on the same tokenizer"
         )
     return other
 

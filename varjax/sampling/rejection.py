@@ -73,7 +73,7 @@ def check_acceptance(accept: Any) -> float:
 
 
 def check_classifier(classifier: LoadedClassifier, model: Sampler) -> None:
-    """Raises InputError for a classifier of other classes or images than the model's."""
+    """Raises InputError for a classifier whose classes or images differ from the model's."""
     if classifier.classes != model.classes:
         raise InputError(
             f"the classifier distinguishes {classifier.classes} classes, the model draws "

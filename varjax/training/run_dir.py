@@ -200,10 +200,10 @@ def check_or_write_data(experiment: Experiment) -> None:
 def check_data(experiment: Experiment) -> dict[str, Any]:
     """Checks that the run was trained on these images; returns its data.json with this start.
 
-    Prints a note if JAX draws other random numbers than in the run so far.
+    Prints a note if JAX draws different random numbers than in the run so far.
 
     Raises InputError if the run was trained on other images, or if this NumPy draws another order
-    or this Pillow makes other pixels. The images may have moved, and the held-out images may
+    or this Pillow makes different pixels. The images may have moved, and the held-out images may
     change.
     """
     now, path = experiment.data.describe(), as_path(experiment.run_dir) / "data.json"
@@ -219,15 +219,16 @@ def check_data(experiment: Experiment) -> dict[str, Any]:
         if numpy["random_numbers"] != now["numpy"]["random_numbers"]:
             raise InputError(
                 f"{experiment.run_dir} was trained with NumPy {numpy['version']}, which draws "
-                f"other random numbers than {np.__version__}: order and augmentation of its images "
-                f"would change; pip install numpy=={numpy['version']} to continue, or fork_from it"
+                f"different random numbers than {np.__version__}: order and augmentation of its "
+                f"images would change; pip install numpy=={numpy['version']} to continue, or "
+                "fork_from it"
             )
         if before.get(PIXELS, pixels) != pixels:
             known = last.get("pillow", "of another version")
             raise InputError(
                 f"{experiment.run_dir} was trained with Pillow {known}, which decodes or resizes "
-                f"images to other pixels than {start['pillow']}: its batches would change; install "
-                "that version and build of Pillow to continue, or fork_from it"
+                f"images to different pixels than {start['pillow']}: its batches would change; "
+                "install that version and build of Pillow to continue, or fork_from it"
             )
         _say_other_draws(experiment.run_dir, before.get("jax", now["jax"]), now["jax"])
         images_before, images_now = (
@@ -255,7 +256,7 @@ def _say_other_draws(run_dir: str, before: Mapping[str, Any], now: Mapping[str, 
         if name != "random_numbers" and before.get(name) != now[name]
     ]
     say(
-        f"{run_dir}: JAX draws other random numbers than in this run so far ("
+        f"{run_dir}: JAX draws different random numbers than in this run so far ("
         + (", ".join(changes) or "with the same version and flags")
         + "). Its images stay the same, but dropout, masks and noise do not, so the result is not "
         "that of a run without this change; go back to the former version and flags to avoid it"
@@ -273,7 +274,7 @@ def check_same_data(experiment: Experiment, train_images: int) -> None:
         train_images: number of training images that this process sees.
 
     Raises:
-        InputError: in all processes, if some see other data than the first; names them and the
+        InputError: in all processes, if some see different data than the first; names them and the
             differences.
     """
     if jax.process_count() == 1:
@@ -298,7 +299,7 @@ def check_same_data(experiment: Experiment, train_images: int) -> None:
             lines.append(f"process {number} on {other['host']}: {', '.join(words)}")
     if lines:
         raise InputError(
-            f"processes see other data than process 0 on {first['host']}:\n  "
+            f"processes see different data than process 0 on {first['host']}:\n  "
             + "\n  ".join(lines)
             + "\ngive all of them the same files"
         )
@@ -311,7 +312,7 @@ def _data_differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]
         if a and b and a["images"] != b["images"]:
             words.append(f"{name} has {b['images']} images instead of {a['images']}")
         elif a != b and name == PIXELS:
-            words.append("its Pillow decodes or resizes images to other pixels")
+            words.append("its Pillow decodes or resizes images to different pixels")
         elif a != b:
             words.append(f"{name} differs")
     return words

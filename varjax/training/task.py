@@ -222,7 +222,7 @@ def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, A
         f"{name}: {a} in the data, {b} in this task" for name, (a, b) in both.items() if a != b
     ]:
         raise InputError(
-            "the latents were made by another tokenizer:\n  "
+            "the latents were made by a different tokenizer:\n  "
             + "\n  ".join(lines)
             + "\nmake them again with varjax cache-latents, or use that tokenizer"
         )

@@ -24,7 +24,7 @@ from varjax.trees import PyTree
 
 
 def check_classes(data: int, model: int) -> None:
-    """Raises InputError where a dataset has another number of classes than a model."""
+    """Raises InputError where a dataset has a different number of classes than a model."""
     if data != model:
         raise InputError(
             f"the data has {data} classes, but the model {model}; set task.model.classes={data}, "

@@ -68,7 +68,7 @@ def read_reference_params(location: str, model: VARConfig) -> PyTree:
         model: config of the model to train.
 
     Raises:
-        InputError: there is no model, or another one than `model` (with all differences).
+        InputError: there is no model, or it differs from `model` (with all differences).
     """
     if location == RANDOM:
         return jax.device_get(jax.jit(model.init)(jax.random.key(0)))
@@ -78,7 +78,7 @@ def read_reference_params(location: str, model: VARConfig) -> PyTree:
     both = config_tree.to_dict(config), config_tree.to_dict(model)
     if lines := config_tree.differences(*both):
         raise InputError(
-            f"cca.reference={location} holds another model than this run trains:\n  "
+            f"cca.reference={location} holds a different model than this run trains:\n  "
             + "\n  ".join(lines)
         )
     return params

@@ -207,7 +207,7 @@ def kl_file_options(
         be missing.
 
     Raises:
-        InputError: like `latent_units`, and for a config.json with other values than numbers.
+        InputError: like `latent_units`, and for a config.json with values that are not numbers.
     """
     found: dict[str, Any] = {}
     if options.groups is None and is_diffusers(source.held):

@@ -245,5 +245,5 @@ def _content(member: zipfile.ZipInfo, file: np.ndarray) -> np.ndarray:
     # Asking for one byte more than declared is enough to detect excess data.
     unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed.data, member.file_size + 1)
     if len(unpacked) != member.file_size or zlib.crc32(unpacked) != member.CRC:
-        raise zipfile.BadZipFile(f"{name} unpacks to other data than was packed")
+        raise zipfile.BadZipFile(f"{name} does not unpack to the data that was packed")
     return np.frombuffer(unpacked, np.uint8)

@@ -171,7 +171,7 @@ class TFDSSource:
         name = f"{data.name} {self.split}[{index}]{file}"
         label = example[data.label_key] if data.label_key else 0
         if label < 0:  # as in test splits
-            raise InputError(f"{name} has no label; choose another split than {self.split!r}")
+            raise InputError(f"{name} has no label; choose a split other than {self.split!r}")
         return {
             "image": decode_file(example[data.image_key], data.channels, name),
             "label": label,
