@@ -117,7 +117,7 @@ def test_threads_share_a_source_and_a_pickled_copy_reopens_its_files(data):
 
 def test_images_without_a_label_are_refused_unless_label_key_is_empty(data_dir):
     data = TFDS("stripes", str(data_dir), held_out="unlabeled")
-    with pytest.raises(ValueError, match=r"unlabeled\[0\] \(0.png\) has no label; choose another"):
+    with pytest.raises(ValueError, match=r"unlabeled\[0\] \(0.png\) has no label; choose a split"):
         data.source("held_out")[0]
     data = TFDS("stripes", str(data_dir), held_out="unlabeled", label_key="")
     assert data.source("held_out")[0]["label"] == 0
