@@ -7,7 +7,7 @@ varjax benchmark COMMAND --help
   train         how fast it trains on one device
   operations    how fast single operations are: convolutions, attention, filters, encoder
   parity        whether this device computes what a CPU computes
-  report        all that matters of these on the device that is here, in eight minutes
+  report        the most important of these on this machine's device, in eight minutes
   table         figures of docs/benchmarks.md, measured again and compared
   evaluate      how fast samples are evaluated: Inception's features, and the metrics
   data          how fast a config's images are read, decoded and augmented

@@ -4,10 +4,10 @@ varjax benchmark parity --preset=d16
 varjax benchmark parity --preset=mar_b --steps=8
 
 Prints a JSON line "sample" that compares images with each other: those of a second call, and one
-drawn alone. Then prints lines for each part, first in float32 and then in the device's own format:
-the encoder, the decoder, the training loss and its gradient. On a CPU, varjax agrees with the
-official code to six digits (docs/reliability.md), so these lines say what a device and a format
-cost.
+drawn alone. Then prints lines for each part, first in float32 and then in the device's own dtype:
+the encoder, the decoder, the training loss and its gradient. On a CPU in float32, tests compare
+varjax with the official code (README.md has the tolerances), so these lines show the error that a
+device and a dtype add.
 """
 
 import dataclasses

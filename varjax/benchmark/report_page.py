@@ -1,4 +1,4 @@
-"""Writes the results of `varjax benchmark report` as Markdown, beside what was expected."""
+"""Writes the results of `varjax benchmark report` as Markdown, next to the expected values."""
 
 import re
 from collections.abc import Mapping, Sequence

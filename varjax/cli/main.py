@@ -15,7 +15,7 @@ COMMANDS = {
     "vary": ("varjax.cli.vary", "draw variations of an image (VAR)"),
     "upscale": ("varjax.cli.upscale", "draw the details of a small picture (VAR)"),
     "demo": ("varjax.demo.__main__", "open a page that draws and edits images in a browser"),
-    "info": ("varjax.cli.info", "say what a picture, a run or weights are, and how they were made"),
+    "info": ("varjax.cli.info", "describe a picture, samples, a run or weights"),
     "convert": (
         "varjax.convert.__main__",
         "convert official PyTorch weights to varjax's, and back",

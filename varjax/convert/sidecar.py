@@ -1,6 +1,6 @@
-"""Keeps what official tensors cannot tell in a JSON file next to them, NAME.varjax.json.
+"""Records what official tensors cannot express in a JSON file next to them, NAME.varjax.json.
 
-`varjax.weight_files` writes it and `convert` reads it, so that weights that return are the same
+`varjax.weight_files` writes it and `convert` reads it, so that weights converted back give the same
 model.
 """
 

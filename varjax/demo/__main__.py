@@ -1,4 +1,4 @@
-"""Opens a page in a browser that draws images, and shows how they come about.
+"""Serves a web page that samples and edits images, and shows them step by step.
 
 varjax demo --weights=runs/digits
 varjax demo --weights=runs/digits --also=runs/digits_mar --port=8000

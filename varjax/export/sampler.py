@@ -1,4 +1,4 @@
-"""Offers a folder that `varjax export` wrote as a `Sampler`, like the model that it was made of."""
+"""Reads a folder that `varjax export` wrote as a `Sampler`, like the model it was exported from."""
 
 import dataclasses
 import os

@@ -1,6 +1,6 @@
 """DiffAugment: differentiable augmentations of all that a discriminator sees (arXiv 2006.10738).
 
-The discriminator cannot learn its few training images by heart, and gradients still reach the
+The discriminator cannot memorize its few training images, and gradients still reach the
 reconstructions.
 """
 
