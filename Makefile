@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
-# Number of test processes: one per core, about 2 GB of memory each. JOBS=4 make test …
+# Number of test processes: one per core, up to 6 GB of memory each. JOBS=4 make test …
 JOBS ?= 2
 # Files run in the order that tests/conftest.py gives them.
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -26,7 +26,7 @@ BATCH_SIZE = 64
 # Evaluations see at most this many held-out images. The loss of 2,000 images is known to 1 %, and
 # 10,000 would take half of the run's time.
 EVAL_IMAGES = 2000
-# Passes over the training images after which such a transformer mostly learns them by heart. Even
+# Passes over the training images after which such a transformer mostly memorizes them. Even
 # a few images take FEWEST_STEPS until the loss stops falling quickly.
 MOST_PASSES, FEWEST_STEPS = 50, 500
 

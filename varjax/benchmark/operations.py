@@ -1,4 +1,4 @@
-"""Measures single operations at the shapes of a released VAR, and by PyTorch beside them.
+"""Measures single operations at the shapes of a released VAR, next to PyTorch's times.
 
 varjax benchmark operations --preset=d16 --batch_size=8
 varjax benchmark operations --preset=d16 --batch_size=8 --torch

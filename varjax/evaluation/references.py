@@ -1,4 +1,4 @@
-"""What samples are compared with: a reference, and real images measured in the same way."""
+"""References for samples: a dataset or statistics, and real images measured in the same way."""
 
 import dataclasses
 import functools

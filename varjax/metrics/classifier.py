@@ -1,4 +1,4 @@
-"""Classifiers of images: how probable is it that an image shows its class?"""
+"""Classifies images: how probable it is that an image shows its class."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""Attention: one seam for its implementations, and the transformer's multi-head layer."""
+"""Attention: one function for all implementations, and the multi-head layer."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Linear layers, whose parameters are float32 and whose products are of the compute format."""
+"""Linear layers, with float32 parameters and products in the compute dtype."""
 
 import flax.linen as nn
 import jax

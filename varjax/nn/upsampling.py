@@ -1,4 +1,4 @@
-"""Nearest upsampling and a 3×3 convolution, computed on the small map, as is faster on a CPU.
+"""Nearest upsampling and a 3×3 convolution, computed on the small map, faster on a CPU.
 
 Upsampling repeats each pixel, so the nine taps of the convolution fall on four pixels of the small
 map. Which four, and which sums of taps each of them gets, depends on whether the row and the column

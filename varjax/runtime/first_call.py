@@ -1,4 +1,4 @@
-"""Says while a program is compiled, which takes minutes for a large model."""
+"""Shows that a program is being compiled, which takes minutes for a large model."""
 
 import contextlib
 import threading
