@@ -6,12 +6,16 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from tests.helpers import runs, tiny
+from tests.helpers import cudnn_on_cpu, runs, tiny
 from varjax.data.loader import make_loader
 from varjax.data.sources.digits import Digits
 from varjax.mar.task import MARTask
+from varjax.nn.attention import dot_product_attention
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.splash_attention import splash_attention, splash_fits
 from varjax.training import sharding
@@ -66,10 +70,50 @@ def main() -> None:
     state, metrics, _ = train(MAR, frozen, shape)
     check_layout(shape, state, "decoder_blocks", "attn", "q")
     jax.tree.map(close, (state, metrics), whole[:2])
-    check_kernel(MeshShape(2, 2, 2))
+    check_splash(MeshShape(2, 2, 2))
+    for sizes in (2, 4, 1), (2, 2, 2), (1, 1, 8):  # eight devices do not divide four heads
+        check_cudnn(MeshShape(*sizes))
 
 
-def check_kernel(shape: MeshShape) -> None:
+def check_cudnn(shape: MeshShape) -> None:
+    """Checks gradients by cuDNN's kernel, which each device runs on its own images and heads."""
+    B, heads, C = 8, 4, 32
+    rng = np.random.default_rng(0)
+    x_BlC = rng.normal(size=(B, 67, C)).astype(jnp.bfloat16)
+    params = {name: rng.normal(0, 0.2, (C, C)).astype(np.float32) for name in ("q", "k", "v", "o")}
+    known_BL = np.arange(67) < np.arange(60, 68)[:, None]
+    mesh = sharding.make_mesh(shape)
+    layout = {name: P("fsdp", "tensor") for name in "qkv"} | {"o": P("tensor", "fsdp")}
+    layout = {name: NamedSharding(mesh, spec) for name, spec in layout.items()}
+    params = sharding.put(params, layout)
+    x_BlC = put_batch({"x": x_BlC}, mesh, B)["x"]
+
+    def gradients(implementation, key_mask_BL):
+        def loss(params, x_BlC):
+            q, k, v = (
+                (x_BlC @ params[name].astype(jnp.bfloat16)).reshape(B, -1, heads, C // heads)
+                for name in "qkv"
+            )
+            y_BlAD = dot_product_attention(
+                q, k, v, scale=0.3, implementation=implementation, key_mask_BL=key_mask_BL
+            )
+            y_BlC = y_BlAD.reshape(x_BlC.shape) @ params["o"].astype(jnp.bfloat16)
+            return jnp.sum(jnp.sin(y_BlC.astype(jnp.float32)))
+
+        gradient = jax.jit(sharding.on_mesh(jax.grad(loss), mesh), out_shardings=layout)
+        return jax.device_get(gradient(params, x_BlC))
+
+    for key_mask_BL in (None, known_BL):
+        cudnn_on_cpu.calls.clear()
+        found, expected = (gradients(name, key_mask_BL) for name in ("cudnn", "xla"))
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max())
+        # Odd lengths are padded. Where devices do not divide the heads, the kernel is not used.
+        one = (B // (shape.data * shape.fsdp), 68, heads // shape.tensor, C // heads)
+        assert set(cudnn_on_cpu.calls) == ({one} if shape.tensor <= heads else set())
+
+
+def check_splash(shape: MeshShape) -> None:
     """Checks that each device runs the kernel on its own images and heads."""
     q_BlAD = np.random.default_rng(0).normal(size=(8, 9, 4, 8)).astype(np.float32)
     known_BL = np.arange(9) < np.arange(1, 9)[:, None]

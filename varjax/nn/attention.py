@@ -79,9 +79,9 @@ def dot_product_attention(
         mask_lL: True where a query may attend to a key; None for everywhere.
         scale: factor on the products of queries and keys.
         implementation: "xla", "loop", "cudnn" or "splash"; see `ComputeConfig`. "xla" replaces both
-            fused kernels with dropout and in formats other than bfloat16; "cudnn" also for head
-            sizes D above 128 or not a multiple of 8, and for fewer than 64 queries; "splash" also
-            where the devices do not divide images and heads.
+            fused kernels with dropout, in formats other than bfloat16, and where the devices do not
+            divide images and heads; "cudnn" also for head sizes D above 128 or not a multiple of 8,
+            and for fewer than 64 queries.
         key_mask_BL: True for keys of each example that may be attended to, at least one; None for
             all.
         dropout: dropout of the softmax weights; None for none.
@@ -129,12 +129,17 @@ def _by_cudnn(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
     """Attends by cuDNN's kernel, where it can and pays."""
     _, queries, _, D = q_BlAD.shape
     pays = queries >= MIN_FUSED_QUERIES and q_BlAD.dtype == jnp.bfloat16
-    if dropout is not None or not pays or D % 8 or D > 128:
+    can = dropout is None and not D % 8 and D <= 128 and compute.divides_attention(q_BlAD)
+    if not pays or not can:
         whole = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
         return _at_once(*whole, dropout=dropout, scale=scale)
-    # JAX's kernel wants all three sharded in the same way.
-    q_BlAD, k_BLAD, v_BLAD = (compute.shard_batch(x) for x in (q_BlAD, k_BLAD, v_BLAD))
-    B, keys = k_BLAD.shape[0], k_BLAD.shape[1]
+    attend = functools.partial(_by_cudnn_on_a_device, mask_lL=mask_lL, scale=scale)
+    return compute.on_each_device(attend, q_BlAD, k_BLAD, v_BLAD, key_mask_BL)
+
+
+def _by_cudnn_on_a_device(q_BlAD, k_BLAD, v_BLAD, key_mask_BL=None, *, mask_lL, scale):
+    """Attends by cuDNN's kernel in the images and heads of one device."""
+    (B, keys), queries = k_BLAD.shape[:2], q_BlAD.shape[1]
     mask_B1lL = _joint_mask(mask_lL, key_mask_BL, queries)
     lengths: dict[str, Any] = {}
     if queries % 2 or keys % 2:  # odd lengths have no gradient

@@ -210,6 +210,44 @@ def batch_axes() -> tuple[str, ...]:
     return tuple(name for name in mesh.auto_axes if name in BATCH_AXES)
 
 
+def divides_attention(q_BlAD: jax.Array) -> bool:
+    """Returns whether the devices of the current mesh divide the images and heads of queries."""
+    mesh = jax.sharding.get_abstract_mesh()
+    heads = mesh.shape[TENSOR_AXIS] if TENSOR_AXIS in mesh.auto_axes else 1
+    return not q_BlAD.shape[0] % batch_devices() and not q_BlAD.shape[2] % heads
+
+
+def on_each_device(
+    attend: Callable[..., jax.Array],
+    q_BlAD: jax.Array,
+    k_BLAD: jax.Array,
+    v_BLAD: jax.Array,
+    key_mask_BL: jax.Array | None = None,
+) -> jax.Array:
+    """Calls a kernel on each device of the current mesh, for the images and heads of this device.
+
+    XLA cannot divide a kernel among devices. JAX's rules for dividing cuDNN's ask for queries, keys
+    and values that are sharded alike, but split only the queries by head if the output is.
+
+    Args:
+        attend: called with the other arguments, without those that are None.
+        q_BlAD: queries, whose images and heads the devices divide (`divides_attention`).
+        k_BLAD: keys.
+        v_BLAD: values.
+        key_mask_BL: keys that may be attended to; None for all.
+
+    Returns:
+        What `attend` returns, of all images and heads: (B, l, A, D).
+    """
+    arrays = [q_BlAD, k_BLAD, v_BLAD] + [key_mask_BL] * (key_mask_BL is not None)
+    if axes := batch_axes():
+        sharded = TENSOR_AXIS in jax.sharding.get_abstract_mesh().auto_axes
+        part = P(axes, None, TENSOR_AXIS if sharded else None)
+        specs = (part, part, part, P(axes))[: len(arrays)]
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=part, check_vma=False)
+    return attend(*arrays)
+
+
 @dataclasses.dataclass(frozen=True)
 class ConvFormat:
     """How convolutions compute.

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from varjax.nn import compute
 
@@ -41,14 +40,7 @@ def splash_attention(
         (B, l, A, D) in the format of `v_BLAD`.
     """
     attend = functools.partial(_attend, mask_lL=mask_lL, scale=scale)
-    arrays = [q_BlAD, k_BLAD, v_BLAD] + [key_mask_BL] * (key_mask_BL is not None)
-    # XLA cannot divide a kernel among devices, so each device calls it for its images and heads.
-    if axes := compute.batch_axes():
-        sharded = compute.TENSOR_AXIS in jax.sharding.get_abstract_mesh().shape
-        part = P(axes, None, compute.TENSOR_AXIS if sharded else None)
-        specs = (part, part, part, P(axes))[: len(arrays)]
-        attend = jax.shard_map(attend, in_specs=specs, out_specs=part, check_vma=False)
-    return attend(*arrays)
+    return compute.on_each_device(attend, q_BlAD, k_BLAD, v_BLAD, key_mask_BL)
 
 
 def splash_fits(q_BlAD: jax.Array) -> bool:
@@ -56,10 +48,7 @@ def splash_fits(q_BlAD: jax.Array) -> bool:
 
     It needs bfloat16, and images and heads that can be divided among the devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = compute.batch_devices(), mesh.shape.get(compute.TENSOR_AXIS, 1)
-    divided = not q_BlAD.shape[0] % parts[0] and not q_BlAD.shape[2] % parts[1]
-    return q_BlAD.dtype == jnp.bfloat16 and divided
+    return q_BlAD.dtype == jnp.bfloat16 and compute.divides_attention(q_BlAD)
 
 
 def _attend(q_BlAD, k_BLAD, v_BLAD, key_mask_BL=None, *, mask_lL, scale):
