@@ -9,7 +9,8 @@ import pytest
 from varjax.config import config_tree
 from varjax.errors import InputError
 from varjax.evaluation.sweep import point_path
-from varjax.mar.sample import MAROptions
+from varjax.mar.model import MARConfig
+from varjax.mar.sample import MAROptions, check_sampling
 from varjax.sampling.guidance import guidance_scales, guided_interval, schedule_fractions
 from varjax.sampling.option_sweep import parse_sweep
 from varjax.var.sample import VAROptions
@@ -89,11 +90,36 @@ def test_traced_options_give_the_same_scales():
         (VAROptions(guidance_from=5), "guidance_from=5: must be at most 4"),
         (VAROptions(guidance_from=4), "guidance_from=4, guidance_to=0: no scale or step"),
         (VAROptions(guidance_from=2, guidance_to=2), "no scale or step is between them"),
+        (
+            VAROptions(guidance_to=1),  # linear starts at 1, which is off
+            "guidance_from=0, guidance_to=1, guidance_schedule=linear: guidance is 1, which is off,"
+            " at every scale .*extend the range, give guidance_schedule=constant, or, for no",
+        ),
+        (VAROptions(guidance_to=1, guidance_schedule="power_cosine:2"), "power_cosine:2: .* is 1"),
+        (
+            VAROptions(guidance=(3, 2, 1, 1), guidance_from=2),
+            "guidance_from=2, guidance_to=0: .* extend the range, or, for no guidance, give",
+        ),
     ],
 )
 def test_invalid_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         options.check(4)
+
+
+def test_a_range_may_be_limited_where_guidance_is_on_or_off_on_purpose():
+    assert interval(guidance_to=1, guidance_schedule="constant") == (0, 1)
+    assert interval(guidance_to=1, guidance=1) == interval(guidance_to=1, guidance=[1] * 4)
+    one_scale = VAROptions().check(1)  # whose ramp is 0, so that the default is no guidance
+    assert guided_interval(one_scale, np.zeros(1)) == (0, 0)
+
+
+def test_mar_refuses_a_range_without_guidance():
+    options = MAROptions(steps=4, guidance_to=1, guidance_schedule="power_cosine:2")
+    with pytest.raises(InputError, match="guidance_to=1, guidance_schedule=power_cosine:2: .* is "):
+        check_sampling(MARConfig.preset("mar_b"), options)
+    linear = dataclasses.replace(options, guidance_schedule="linear")  # on at the first step
+    assert check_sampling(MARConfig.preset("mar_b"), linear) == linear
 
 
 def test_mar_lists_need_a_number_for_each_step():

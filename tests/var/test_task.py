@@ -120,6 +120,11 @@ def test_previews_show_samples_and_reconstructions(frozen, state):
     np.testing.assert_allclose(again_BHWC, (decoded_BHWC + 1) / 2, atol=1e-5)
 
 
+def test_previews_without_their_guidance_are_refused_at_once():
+    with pytest.raises(ValueError, match="guidance_to=1, guidance_schedule=linear: guidance is 1"):
+        dataclasses.replace(TASK, sampling=VAROptions(guidance=2.0, guidance_to=1))
+
+
 def test_data_that_does_not_fit_the_model_is_refused():
     task = dataclasses.replace(TASK, accumulate=3)
     task.check((8, 8, 1), 10)

@@ -33,6 +33,7 @@ from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS, NoiseSchedule
 from varjax.nn.rng import ImageStream, stream_keys
 from varjax.sampling.guidance import (
+    check_guided_range,
     checked_guidance_options,
     guidance_scales,
     guided_interval,
@@ -245,10 +246,9 @@ def sampling_steps(config: MARConfig, options: MAROptions) -> int:
 def check_sampling(config: MARConfig, options: MAROptions) -> MAROptions:
     """Returns checked options; raises InputError where they do not suit this model."""
     options = options.check(config.length if config.causal else None)
-    if sampling_steps(config, options) > config.length:
-        raise InputError(
-            f"steps={options.steps}: must be at most {config.length}, the number of tokens"
-        )
+    if (steps := sampling_steps(config, options)) > config.length:
+        raise InputError(f"steps={steps}: must be at most {config.length}, the number of tokens")
+    check_guided_range(options, UnmaskingSchedule(config.length, steps).guidance_ramp)
     if not options.guides_all_timesteps and not isinstance(config.head, DiffusionHead):
         raise InputError(
             "guidance_timestep_from and guidance_timestep_to are options of a diffusion head; this "

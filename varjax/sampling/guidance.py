@@ -98,6 +98,30 @@ def checked_guidance_options(options: GuidanceOptions, count: int | None = None)
     }
 
 
+def check_guided_range(options: GuidanceOptions, ramp_S: np.ndarray) -> None:
+    """Raises InputError for a range that leaves out all scales or steps with guidance.
+
+    Args:
+        options: sampling options of a family, checked.
+        ramp_S: the family's ramp from 0 to 1, for the schedule "linear".
+    """
+    start, stop = options.guidance_from, options.guidance_to
+    schedule = constant = ""
+    if isinstance(options.guidance, tuple):
+        extra_S = np.array(options.guidance) - 1
+    else:
+        schedule = f", guidance_schedule={options.guidance_schedule}"
+        constant = " give guidance_schedule=constant,"
+        extra_S = (options.guidance - 1) * schedule_fractions(options.guidance_schedule, ramp_S)
+    guided_S = (1 + extra_S).astype(np.float32) != 1
+    if np.any(guided_S) and not np.any(guided_S[start : stop or None]):
+        raise InputError(
+            f"guidance_from={start}, guidance_to={stop}{schedule}: guidance is 1, which is off, at "
+            f"every scale or step between them; extend the range,{constant} or, for no guidance, "
+            "give guidance=1"
+        )
+
+
 def schedule_fractions(schedule: str, ramp_S: np.ndarray) -> np.ndarray:
     """Returns the fraction of the maximum guidance at each scale or step, (S,) in [0, 1].
 

@@ -117,7 +117,7 @@ def _sampling_pieces(
     def choose(params, logits_BlV, f_hat_BhwZ, key_B, options, compute, k):
         bound_quantizer = quantizer.bind({"params": params})
         if guided:
-            scale_K = guidance_scales(options, guidance_ramp(var.pyramid))
+            scale_K = guidance_scales(options, guidance_ramp(len(var.pyramid)))
             logits_BlV = apply_guidance(logits_BlV, scale_K[k])
         _, code_BlZ = choose_tokens(bound_quantizer, logits_BlV, k, key_B, options)
         f_hat_BhwZ = bound_quantizer.add_scale(f_hat_BhwZ, code_BlZ, k)

@@ -28,6 +28,7 @@ from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.filters import filter_top_k_top_p
 from varjax.sampling.guidance import (
+    check_guided_range,
     checked_guidance_options,
     guidance_scales,
     guided_interval,
@@ -121,7 +122,8 @@ class VAROptions:
             scales: number of scales; None if it is not known, and then not checked.
 
         Raises:
-            InputError: a value out of range, or a list without one number per scale.
+            InputError: a value out of range, a list without one number per scale, or an interval
+                without guidance.
         """
         codes = f"a whole number, 0 (off) … {INT32_MAX}"
         fraction = "in [0, 1]; 0 turns it off"
@@ -134,12 +136,15 @@ class VAROptions:
             name: number_or_list(name, getattr(self, name), check, scales)
             for name, check in checks.items()
         }
-        return dataclasses.replace(
+        checked = dataclasses.replace(
             self,
             **checked_guidance_options(self, scales),
             **numbers,
             smooth=true_or_false("smooth", self.smooth),
         )
+        if scales is not None:
+            check_guided_range(checked, guidance_ramp(scales))
+        return checked
 
     def draw_settings(self, k: int) -> tuple[Any, Any, Any]:
         """Returns top_k, top_p and temperature of scale k."""
@@ -148,9 +153,9 @@ class VAROptions:
         return top_k, top_p, temperature
 
 
-def guidance_ramp(pyramid: Pyramid) -> np.ndarray:
+def guidance_ramp(scales: int) -> np.ndarray:
     """Returns VAR's ramp of guidance (K,): linear from 0 at the first scale to 1 at the last."""
-    return np.array([pyramid.progress(k) for k in range(len(pyramid))])
+    return np.arange(scales) / max(scales - 1, 1)
 
 
 def guided_scales(pyramid: Pyramid, options: VAROptions) -> int:
@@ -158,7 +163,7 @@ def guided_scales(pyramid: Pyramid, options: VAROptions) -> int:
 
     All of them need the second stream: its cache also holds the scales before guidance starts.
     """
-    return guided_interval(options, guidance_ramp(pyramid))[1]
+    return guided_interval(options, guidance_ramp(len(pyramid)))[1]
 
 
 def sample_tokens(
@@ -196,7 +201,7 @@ def sample_tokens(
         (B, h, w, Z). With `options.smooth`, f_hats are made of mixed codes and a token is the
         most likely of its mixture.
     """
-    scale_K = guidance_scales(options, guidance_ramp(models.var.pyramid))
+    scale_K = guidance_scales(options, guidance_ramp(len(models.var.pyramid)))
     network = sampling_network(models, params, label_B, scale_K, guided)
     quantizer = bound_quantizer(models.tokenizer, params["tokenizer"])
 
