@@ -164,6 +164,57 @@ def test_mar_memory_estimate_matches_the_compiled_program(labels, steps, changes
     assert 0.95 < mar_sampling_bytes(None, mar, BATCH, COMPUTE, setup) / needed < 2.5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+def test_mar_memory_estimate_includes_the_matrices_of_plain_attention_alone(labels, causal):
+    mar = MARConfig(96, 1, 1, 2, 2, CategoricalHead(16), latent_map=(24, 24), causal=causal)
+    setup = make_setup(mar, MAROptions(steps=2))
+    params = jax.eval_shape(mar.init, jax.random.key(0))
+    length = mar.buffer_size + mar.length
+    queries = mar.buffer_size if causal else length
+
+    def matrices(compute):
+        def tokens(params, label_B, key_B):
+            return sample_mar_tokens(mar, params, label_B, key_B, setup, None, compute)
+
+        jaxpr = jax.make_jaxpr(tokens)(params, *labels).jaxpr
+        return attention_matrices(jaxpr, (queries, queries))
+
+    def needed(config, compute):
+        return mar_sampling_bytes(None, config, BATCH, compute, setup)
+
+    plain, grouped, loop = (
+        ComputeConfig("bfloat16", attention_impl=kind, platform="cpu")
+        for kind in ("xla", "grouped", "loop")
+    )
+    rows = BATCH * 2  # of two streams, with two heads each, in float32
+    assert matrices(plain) == rows * 2 * queries * queries * 4
+    assert matrices(grouped) == matrices(plain)  # groups are for a cache without a mask
+    assert matrices(loop) == 0
+    # The products of queries and keys, and their softmax; with a cache, as if it were full.
+    both = rows * 2 * queries * length * 2 * 4
+    assert needed(mar, plain) - needed(mar, loop) == both
+    assert needed(mar, grouped) == needed(mar, plain)
+    # JAX passes the encoder's mask to cuDNN's kernel as a bias, in the format of the queries.
+    kernel = ComputeConfig("bfloat16", attention_impl="cudnn", platform="gpu")
+    assert needed(mar, kernel) - needed(mar, loop) == rows * queries * length * 2
+    wide = dataclasses.replace(mar, width=512)  # heads that the kernel does not take
+    assert needed(wide, kernel) == needed(wide, plain)
+
+
+def test_fused_attention_lets_large_token_maps_be_drawn_in_large_batches():
+    mar = dataclasses.replace(MARConfig.preset("mar_l"), latent_map=(32, 32))
+    setup = make_setup(mar, MAROptions())
+
+    def fitting(kind):
+        compute = ComputeConfig("bfloat16", attention_impl=kind, platform="gpu")
+        return fitting_batch_size(
+            lambda n: 10**9 + mar_sampling_bytes(None, mar, n, compute, setup), 16 * 10**9, 128
+        )
+
+    assert (fitting("xla"), fitting("cudnn")) == (16, 128)
+
+
 def test_the_largest_batch_size_that_fits_is_chosen():
     def needed(size):
         return 100 + 10 * size

@@ -4,6 +4,7 @@ from varjax.mar.model import MARConfig
 from varjax.mar.sample import SamplingSetup
 from varjax.nn.autoencoder import decoding_bytes
 from varjax.nn.compute import ComputeConfig
+from varjax.nn.transformer import cache_bytes, layer_bytes
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 
@@ -48,15 +49,21 @@ def _transformer_bytes(
 ) -> tuple[int, int, int]:
     """Estimates the bytes of the caches, of a layer, and of the head, for `rows` sequences."""
     item, tokens = compute.jax_dtype.itemsize, config.buffer_size + config.length
-    # For each token in a layer: residual stream and norm in float32; q, k, v, and twice the MLP's
-    # inner width; and the attention matrix with its softmax.
-    C = max(config.width, config.hidden_width)
-    heads = max(config.encoder_heads, config.decoder_heads)
-    token_bytes = C * (2 * 4 + 11 * item) + heads * tokens * 2 * 4
-    if config.causal:  # the caches of encoder and decoder, and what a layer of each reads
-        channels = (config.encoder_depth + 1) * config.width
-        channels += (config.decoder_depth + 1) * config.hidden_width
-        cache, computed, new = 2 * channels * rows * tokens * item, config.buffer_size, 1
+    stacks = (  # their keys are masked where there is padding, or nothing in the cache yet
+        (config.encoder_depth, config.width, config.encoder_heads, True),
+        (config.decoder_depth, config.hidden_width, config.decoder_heads, config.causal),
+    )
+    if config.causal:
+        cache = sum(cache_bytes(depth, width, rows, tokens, item) for depth, width, *_ in stacks)
+        computed, new = config.buffer_size, 1
     else:
         cache, computed, new = 0, tokens, max(group.new for group in setup.groups)
-    return cache, rows * computed * token_bytes, rows * new * config.head.bytes_per_token()
+    layer = max(
+        layer_bytes(
+            *(width, heads, rows, computed, tokens, compute),
+            cached=config.causal,
+            key_mask=key_mask,
+        )
+        for _, width, heads, key_mask in stacks
+    )
+    return cache, layer, rows * new * config.head.bytes_per_token()

@@ -125,12 +125,16 @@ def _at_once(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
     return jnp.einsum("BAlL,BLAD->BlAD", weights_BAlL, v_BLAD, precision=precision)
 
 
+def cudnn_fits(queries: int, D: int, dtype: jnp.dtype) -> bool:
+    """Returns whether cuDNN's kernel takes heads of size D in this dtype, and pays."""
+    return queries >= MIN_FUSED_QUERIES and dtype == jnp.bfloat16 and D % 8 == 0 and D <= 128
+
+
 def _by_cudnn(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
     """Attends by cuDNN's kernel, where it can and pays."""
     _, queries, _, D = q_BlAD.shape
-    pays = queries >= MIN_FUSED_QUERIES and q_BlAD.dtype == jnp.bfloat16
-    can = dropout is None and not D % 8 and D <= 128 and compute.divides_attention(q_BlAD)
-    if not pays or not can:
+    fits = cudnn_fits(queries, D, q_BlAD.dtype) and compute.divides_attention(q_BlAD)
+    if dropout is not None or not fits:
         whole = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
         return _at_once(*whole, dropout=dropout, scale=scale)
     attend = functools.partial(_by_cudnn_on_a_device, mask_lL=mask_lL, scale=scale)

@@ -1,11 +1,11 @@
-"""The blocks of pre-norm transformers: with norms modulated by a condition (AdaLN), or plain."""
+"""The blocks of pre-norm transformers, modulated by a condition (AdaLN) or plain; their memory."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.nn.attention import Dropout, MultiHeadAttention
+from varjax.nn.attention import Dropout, MultiHeadAttention, cudnn_fits
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.linear import dense
 from varjax.nn.stack import KVCache, LayerCache, init_stack, run_stack
@@ -258,6 +258,59 @@ def layer_norm(name: str | None = None, affine: bool = True) -> nn.LayerNorm:
         use_bias=affine,
         name=name,
     )
+
+
+def cache_bytes(depth: int, width: int, rows: int, length: int, item: int) -> int:
+    """Estimates the bytes of a key-value cache, and of the copy that one layer makes of its part.
+
+    Args:
+        depth: number of layers.
+        width: total channels of all heads.
+        rows: number of sequences.
+        length: length of the sequences.
+        item: bytes of a number.
+    """
+    return 2 * (depth + 1) * rows * length * width * item
+
+
+def layer_bytes(
+    width: int,
+    heads: int,
+    rows: int,
+    tokens: int,
+    length: int,
+    compute: ComputeConfig,
+    *,
+    cached: bool,
+    key_mask: bool = False,
+) -> int:
+    """Estimates the bytes that a layer computes at once.
+
+    Args:
+        width: channels of a token.
+        heads: number of attention heads.
+        rows: number of sequences.
+        tokens: number of tokens of each that are processed.
+        length: number of tokens of each that these attend to.
+        compute: dtype and execution.
+        cached: whether keys and values come from a cache.
+        key_mask: whether each sequence has its own mask of the tokens that are attended to.
+    """
+    dtype, kind = compute.jax_dtype, compute.attention_implementation(cached)
+    item = dtype.itemsize
+    # Residual stream and norm in float32; q, k, v, and twice the MLP's inner width.
+    token_bytes = width * (2 * 4 + 11 * item)
+    fused = {
+        "loop": True,
+        "grouped": not key_mask,
+        "cudnn": cudnn_fits(tokens, width // heads, dtype),
+        "splash": dtype == jnp.bfloat16,
+    }
+    if not fused.get(kind, False):  # the attention matrix and its softmax
+        token_bytes += heads * length * 2 * 4
+    elif kind == "cudnn" and key_mask:  # JAX's call of the kernel makes it a bias for all queries
+        token_bytes += length * item
+    return rows * tokens * token_bytes
 
 
 def drop_path(key: jax.Array, depth: int, batch: int, rate: float) -> jax.Array | None:

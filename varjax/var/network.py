@@ -16,6 +16,7 @@ from varjax.config.numbers import whole_number
 from varjax.nn.autoencoder import decoding_bytes
 from varjax.nn.class_embedding import no_class
 from varjax.nn.compute import ComputeConfig
+from varjax.nn.transformer import cache_bytes, layer_bytes
 from varjax.sampling.guidance import apply_guidance
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.trees import PyTree
@@ -231,14 +232,11 @@ def var_sampling_bytes(models: VARModels, batch: int, guided: int | None = None)
     guided = len(pyramid) if guided is None else guided
 
     def cache(model: VARConfig, rows: int, length: int) -> int:
-        return 2 * (model.depth + 1) * rows * length * model.width * item  # and one layer's copy
+        return cache_bytes(model.depth, model.width, rows, length, item)
 
     def layer(model: VARConfig, rows: int, tokens: int, length: int) -> int:
-        # Residual stream and norm in float32; q, k, v, and twice the MLP's inner width.
-        numbers = rows * tokens * model.width * (2 * 4 + 11 * item)
-        if compute.attention_implementation(cached=True) == "xla":  # its matrices, their softmax
-            numbers += rows * model.heads * tokens * length * 2 * 4
-        return numbers
+        sizes = model.width, model.heads, rows, tokens, length
+        return layer_bytes(*sizes, compute, cached=True)
 
     def scale(model: VARConfig, first: int, end: int, k: int) -> int:
         """Needs of scale k of a model that draws the scales `first` to `end`."""
