@@ -28,6 +28,7 @@ from varjax.nn.compute import FUSED_ATTENTION, ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS
 from varjax.nn.rng import ImageStream, stream_keys
 from varjax.tokenizers.contract import check_image_shape
+from varjax.training import transformer_task
 from varjax.training.optimizer import AdamW
 from varjax.training.previews import PREVIEW_IMAGES
 from varjax.training.task import Batch, ImageSampler, MatchingRows, Plan, TrainState
@@ -37,13 +38,6 @@ from varjax.training.train_step import (
     apply_gradients,
     create_state,
     example_keys,
-)
-from varjax.training.transformer_task import (
-    check_classes,
-    preview_samples,
-    train_flops,
-    transformer_notes,
-    with_tokenizer_of,
 )
 from varjax.trees import PyTree
 
@@ -95,6 +89,10 @@ class MARTask:
     compute: ComputeConfig = ComputeConfig()
     sampling: MAROptions = MAROptions()
 
+    notes = transformer_task.transformer_notes
+    with_tokenizer_of = transformer_task.with_tokenizer_of
+    train_flops = transformer_task.train_flops
+
     def __post_init__(self):
         check_latents_fit(self.tokenizer, self.model)
         # Lists and functions become tuples, which have a hash and can be written.
@@ -119,11 +117,8 @@ class MARTask:
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_image_shape(self.tokenizer, image_shape)
-        check_classes(classes, self.model.classes)
+        transformer_task.check_classes(classes, self.model.classes)
         self.compute.attention_implementation()  # whether this machine has it
-
-    def notes(self, plan: Plan) -> list[str]:
-        return transformer_notes(self, plan)
 
     def init(self, key: jax.Array) -> TrainState:
         return create_state(self.model.init(key), self.optimizer, self.ema_decay)
@@ -132,9 +127,6 @@ class MARTask:
         weights = open_for_setting("init_from", location)
         config, params, _ = read_generator(weights, "mar", "MARTask", MARConfig, MAROptions)
         return params, matching_mar_rows(self.model, config)
-
-    def with_tokenizer_of(self, location: str) -> "MARTask":
-        return with_tokenizer_of(self, location)
 
     def frozen(self) -> PyTree:
         """Reads the tokenizer's parameters; raises InputError if its config differs."""
@@ -208,9 +200,6 @@ class MARTask:
         """The largest number of tokens of an image that are not masked."""
         return self.model.length - math.ceil(self.model.length * self.min_mask_ratio)
 
-    def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
-        return train_flops(self, state, frozen, batch)
-
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
         """Computes losses; masks and noise come from each image's values, so they never change."""
         key_B = content_keys(batch)
@@ -255,7 +244,9 @@ class MARTask:
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Samples classes, always from the same seeds, and reconstructs images."""
-        samples = preview_samples(self.sampler(), state.params, frozen, self.model.classes)
+        samples = transformer_task.preview_samples(
+            self.sampler(), state.params, frozen, self.model.classes
+        )
         first = {name: x[:PREVIEW_IMAGES] for name, x in batch.items()}
         kept = encode_tokens(self.tokenizer, self.model, frozen, first, compute=self.compute)
         rebuilt = decode_tokens(self.tokenizer, self.model, frozen, kept, self.compute)

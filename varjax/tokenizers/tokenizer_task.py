@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 
+from varjax.checkpoints.weights import open_for_setting
 from varjax.errors import check_setting
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import InitStream, stream_key
@@ -28,7 +29,7 @@ from varjax.tokenizers.losses.image_losses import (
 )
 from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, Plan, TrainState
+from varjax.training.task import Batch, MatchingRows, Plan, TrainState, ema_notes
 from varjax.training.train_step import Metrics, apply_gradients, create_state, example_keys
 from varjax.trees import PyTree
 
@@ -54,13 +55,29 @@ def check_decay_and_weights(task: TokenizerTask, *weights: str) -> None:
         check_setting(name, value, value >= 0, "0 (off) or more")
 
 
-def check_images(task: TokenizerTask, image_shape: tuple[int, int, int]) -> None:
-    """Raises InputError where images (H, W, channels) do not suit a task's model and losses."""
+def check_images(task: TokenizerTask, image_shape: tuple[int, int, int], classes: int) -> None:
+    """Raises InputError where images do not suit a task's model and losses, for `Task.check`.
+
+    Args:
+        task: task to train.
+        image_shape: (H, W, channels) of an image.
+        classes: number of classes, which tokenizers do not use.
+    """
     check_image_shape(task.model, image_shape)
     if task.perceptual:
         check_lpips_images(image_shape)
     if task.gan:
         task.gan.check(image_shape)
+
+
+def tokenizer_notes(task: TokenizerTask, plan: Plan) -> list[str]:
+    """Returns a note if a run is too short for its EMA, for `Task.notes`."""
+    return ema_notes(task.ema_decay, task.ema_warmup, plan)
+
+
+def pretrained_tokenizer(task: TokenizerTask, location: str) -> tuple[PyTree, MatchingRows]:
+    """Reads the parameters of a tokenizer that a run may start from, for `Task.pretrained`."""
+    return open_for_setting("init_from", location).read_tokenizer_params(), {}
 
 
 def training_compute(dtype: Any) -> ComputeConfig:

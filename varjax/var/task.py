@@ -22,6 +22,7 @@ from varjax.nn.transformer import drop_path
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
+from varjax.training import transformer_task
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Batch, ImageSampler, MatchingRows, Plan, TrainState
 from varjax.training.train_step import (
@@ -29,13 +30,6 @@ from varjax.training.train_step import (
     accumulated_gradients,
     apply_gradients,
     create_state,
-)
-from varjax.training.transformer_task import (
-    check_classes,
-    preview_samples,
-    train_flops,
-    transformer_notes,
-    with_tokenizer_of,
 )
 from varjax.trees import PyTree
 from varjax.var import teacher_forcing
@@ -99,6 +93,10 @@ class VARTask:
     sampling: VAROptions = VAROptions()
     cca: CCAConfig | None = None
 
+    notes = transformer_task.transformer_notes
+    with_tokenizer_of = transformer_task.with_tokenizer_of
+    train_flops = transformer_task.train_flops
+
     def __post_init__(self):
         check_fit(self.tokenizer, self.model)
         # Lists and functions become tuples, which have a hash and can be written.
@@ -115,11 +113,8 @@ class VARTask:
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_image_shape(self.tokenizer, image_shape)
-        check_classes(classes, self.model.classes)
+        transformer_task.check_classes(classes, self.model.classes)
         self.compute.attention_implementation()  # whether this machine has it
-
-    def notes(self, plan: Plan) -> list[str]:
-        return transformer_notes(self, plan)
 
     def init(self, key: jax.Array) -> TrainState:
         return create_state(self.model.init(key), self.optimizer, self.ema_decay)
@@ -128,9 +123,6 @@ class VARTask:
         weights = open_for_setting("init_from", location)
         config, params, _ = read_generator(weights, "var", "VARTask", VARConfig, VAROptions)
         return params, matching_rows(self.model, config)
-
-    def with_tokenizer_of(self, location: str) -> "VARTask":
-        return with_tokenizer_of(self, location)
 
     def frozen(self) -> PyTree:
         """Reads the tokenizer's parameters, and with `cca` {"tokenizer", "reference"}.
@@ -165,9 +157,6 @@ class VARTask:
         return apply_gradients(
             state, grads, self.optimizer, plan, self.ema_decay, ema_warmup=self.ema_warmup
         )
-
-    def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
-        return train_flops(self, state, frozen, batch)
 
     def with_draws(self, batch: Batch, key: jax.Array) -> Batch:
         """Adds what a step draws: dropped labels and paths, and with `cca` "other_label_B"."""
@@ -275,7 +264,9 @@ class VARTask:
         return metrics
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        samples = preview_samples(self.sampler(), state.params, frozen, self.model.classes)
+        samples = transformer_task.preview_samples(
+            self.sampler(), state.params, frozen, self.model.classes
+        )
         tokenizer = frozen_tokenizer(frozen)
         rebuilt = teacher_forcing.reconstructions(self.tokenizer, tokenizer, batch, self.compute)
         return {"samples": samples, "reconstructions": rebuilt}

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.checkpoints.weights import open_for_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import ImageStream, stream_key
@@ -33,13 +32,7 @@ from varjax.tokenizers.losses.image_losses import (
 from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.training.optimizer import AdamW
 from varjax.training.previews import PREVIEW_IMAGES
-from varjax.training.task import (
-    Batch,
-    MatchingRows,
-    Plan,
-    TrainState,
-    ema_notes,
-)
+from varjax.training.task import Batch, Plan, TrainState
 from varjax.training.train_step import Metrics
 from varjax.trees import PyTree
 
@@ -87,30 +80,22 @@ class KLTask:
     ema_warmup: bool = False
     accumulate: int = 1
 
+    check = tokenizer_task.check_images
+    notes = tokenizer_task.tokenizer_notes
+    pretrained = tokenizer_task.pretrained_tokenizer
+    frozen = tokenizer_task.load_frozen_losses
+
     def __post_init__(self):
         tokenizer_task.check_decay_and_weights(self, "l1", "l2", "kl")
 
-    def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        tokenizer_task.check_images(self, image_shape)
-
-    def notes(self, plan: Plan) -> list[str]:
-        return ema_notes(self.ema_decay, self.ema_warmup, plan)
-
     def init(self, key: jax.Array) -> TrainState:
         return tokenizer_task.init_state(self, self.model.init(key), key)
-
-    def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        return open_for_setting("init_from", location).read_tokenizer_params(), {}
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
         return {}
 
     def with_tokenizer_of(self, location: str) -> "KLTask":
         return self  # it trains a tokenizer, and uses none
-
-    def frozen(self) -> PyTree:
-        """Reads {"lpips": parameters} where they are needed; InputError says how to get them."""
-        return tokenizer_task.load_frozen_losses(self)
 
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array, plan: Plan
@@ -183,11 +168,6 @@ class KLTask:
         return None  # a tokenizer generates no images
 
     @property
-    def jax_dtype(self) -> jnp.dtype:
-        """The dtype that `dtype` selects on this machine."""
-        return self.compute.jax_dtype
-
-    @property
     def compute(self) -> ComputeConfig:
         """How a tokenizer in training is computed."""
         return tokenizer_task.training_compute(self.dtype)
@@ -212,7 +192,7 @@ def _gradients(
 ) -> LossGradients:
     """Computes the gradients of all losses on a microbatch, and the latents' moments over it."""
     x_BHWC, key_B = to_model_range(batch["image_BHWC"]), batch["key_B"]
-    model = KLTokenizer(task.model, task.compute, task.jax_dtype)
+    model = KLTokenizer(task.model, task.compute, task.compute.jax_dtype)
 
     def draw(key):
         return jax.random.normal(stream_key(key, ImageStream.POSTERIOR), task.model.latent_shape)

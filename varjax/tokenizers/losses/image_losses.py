@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from varjax.nn.compute import ComputeConfig
 from varjax.tokenizers.contract import Tokenizer
 from varjax.tokenizers.losses.gan import (
     DiscriminatorState,
@@ -45,7 +46,7 @@ class ImageLossConfig(Protocol):
     @property
     def accumulate(self) -> int: ...
     @property
-    def jax_dtype(self) -> jnp.dtype: ...
+    def compute(self) -> ComputeConfig: ...
 
 
 @flax.struct.dataclass
@@ -218,9 +219,10 @@ def image_gradients(
         last_BHWC: the input of the decoder's last convolution.
         key_B: random keys, one for each image.
     """
+    dtype = config.compute.jax_dtype
 
     def image_loss(y_BHWC):
-        losses = image_losses(config, frozen, x_BHWC, y_BHWC, config.jax_dtype)
+        losses = image_losses(config, frozen, x_BHWC, y_BHWC, dtype)
         means = {name: jnp.mean(loss_B) for name, loss_B in losses.items()}
         return means["loss"], means
 
@@ -228,7 +230,7 @@ def image_gradients(
     if discriminator is None:
         return ImageGradients(image_grad_BHWC, metrics)
     assert config.gan is not None
-    adversarial = gan_gradients(config.gan, discriminator, x_BHWC, y_BHWC, key_B, config.jax_dtype)
+    adversarial = gan_gradients(config.gan, discriminator, x_BHWC, y_BHWC, key_B, dtype)
     last_layer = (
         last_layer_grads(last_BHWC, image_grad_BHWC),
         last_layer_grads(last_BHWC, adversarial.image_grad_BHWC),

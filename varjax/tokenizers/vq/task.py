@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.checkpoints.weights import open_for_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import InitStream, stream_key
@@ -39,13 +38,7 @@ from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, decode_every_scale
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity, quantizer_loss
 from varjax.training.optimizer import AdamW
 from varjax.training.previews import PREVIEW_IMAGES
-from varjax.training.task import (
-    Batch,
-    MatchingRows,
-    Plan,
-    TrainState,
-    ema_notes,
-)
+from varjax.training.task import Batch, Plan, TrainState
 from varjax.training.train_step import Metrics
 from varjax.trees import PyTree
 
@@ -89,15 +82,14 @@ class VQTask:
     ema_warmup: bool = False
     accumulate: int = 1
 
+    check = tokenizer_task.check_images
+    notes = tokenizer_task.tokenizer_notes
+    pretrained = tokenizer_task.pretrained_tokenizer
+    frozen = tokenizer_task.load_frozen_losses
+
     def __post_init__(self):
         tokenizer_task.check_decay_and_weights(self, "l1", "l2", "beta")
         self.codebook.check(self.model.pyramid)
-
-    def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        tokenizer_task.check_images(self, image_shape)
-
-    def notes(self, plan: Plan) -> list[str]:
-        return ema_notes(self.ema_decay, self.ema_warmup, plan)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)
@@ -106,18 +98,11 @@ class VQTask:
         usage_V = init_usage(self.codebook, self.model.vocab)
         return tokenizer_task.init_state(self, params, key, usage_V=usage_V)
 
-    def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        return open_for_setting("init_from", location).read_tokenizer_params(), {}
-
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
         return {}
 
     def with_tokenizer_of(self, location: str) -> "VQTask":
         return self  # it trains a tokenizer, and uses none
-
-    def frozen(self) -> PyTree:
-        """Reads {"lpips": parameters} where they are needed; InputError says how to get them."""
-        return tokenizer_task.load_frozen_losses(self)
 
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array, plan: Plan
@@ -204,11 +189,6 @@ class VQTask:
         return MAX_ADAPTIVE_WEIGHT
 
     @property
-    def jax_dtype(self) -> jnp.dtype:
-        """The dtype that `dtype` selects on this machine."""
-        return self.compute.jax_dtype
-
-    @property
     def compute(self) -> ComputeConfig:
         """How a tokenizer in training is computed."""
         return tokenizer_task.training_compute(self.dtype)
@@ -219,7 +199,7 @@ def _gradients(
 ) -> LossGradients:
     """Computes the gradients of all losses on a microbatch, and how often each code is used."""
     x_BHWC, key_B = to_model_range(batch["image_BHWC"]), batch["key_B"]
-    model = VQTokenizer(task.model, task.compute, task.jax_dtype)
+    model = VQTokenizer(task.model, task.compute, task.compute.jax_dtype)
     pyramid = task.model.pyramid
     kept_B = sample_scale_dropout(task.codebook, pyramid, key_B)
 
