@@ -165,24 +165,29 @@ def _resized(size: tuple[int, int]) -> tuple[int, int]:
     return round(RESIZE_RATIO * height), round(RESIZE_RATIO * width)
 
 
-def random_affine(
-    image_HWC: np.ndarray,
-    rng: np.random.Generator,
-    shift: float = 0.0,
-    rotate: float = 0.0,
-    zoom: float = 0.0,
+def unchanged(data: Any, image_HWC: np.ndarray) -> np.ndarray:
+    """Returns the image itself, for a dataset's `preprocess`."""
+    return image_HWC
+
+
+def augment_by_affine(
+    data: Any, image_HWC: np.ndarray, view: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Moves, rotates and scales an image at random in one resampling, each uniform in its range.
 
     Args:
+        data: dataset with the largest shift in pixels, vertically and horizontally, `shift`, the
+            largest rotation in degrees, in both directions, `rotate`, and the largest change of
+            the scale, `zoom`. If all are 0, the image itself is returned.
         image_HWC: uint8 image of any size.
-        rng: random generator, from which four numbers are always drawn.
-        shift: largest shift in pixels, vertically and horizontally.
-        rotate: largest rotation in degrees, in both directions.
-        zoom: largest change of the scale, which is 1 ± `zoom`.
+        view: index of the view, which makes no difference.
+        rng: random generator, from which four numbers are drawn if any of these settings is not 0.
     """
+    if data.shift == data.rotate == data.zoom == 0:
+        return image_HWC
     y, x, turn, scale = rng.uniform(-1, 1, size=4)
-    return affine(image_HWC, (shift * y, shift * x), rotate * turn, 1 + zoom * scale)
+    shift = data.shift * y, data.shift * x
+    return affine(image_HWC, shift, data.rotate * turn, 1 + data.zoom * scale)
 
 
 def affine(

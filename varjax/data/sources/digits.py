@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from varjax.data import transforms
 from varjax.data.loader import make_loader
 from varjax.data.stream import ArraySource, Split
-from varjax.data.transforms import random_affine
 from varjax.data.workers import ReadOptions
 from varjax.errors import needs_extra
 
@@ -29,10 +29,9 @@ class Digits:
     reading: ReadOptions = ReadOptions()
 
     make = make_loader
-
-    @property
-    def alternating_views(self) -> int:
-        return 1
+    augment = transforms.augment_by_affine
+    preprocess = transforms.unchanged
+    alternating_views = 1
 
     @property
     def classes(self) -> int:
@@ -62,11 +61,3 @@ class Digits:
             rank_N[labels_N == label] = np.arange(np.sum(labels_N == label))
         chosen_N = (rank_N % 5 == 4) == (split == "held_out")
         return ArraySource(images_NHWC[chosen_N], labels_N[chosen_N])
-
-    def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
-        """Moves, rotates and scales an image at random."""
-        return random_affine(image_HWC, rng, self.shift, self.rotate, self.zoom)
-
-    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Returns the image itself."""
-        return image_HWC

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from varjax.data import transforms
 from varjax.data.loader import make_loader
 from varjax.data.stream import ArraySource, Split
-from varjax.data.transforms import random_affine
 from varjax.data.workers import ReadOptions
 from varjax.errors import InputError
 from varjax.storage import files
@@ -86,6 +86,9 @@ class Idx:
     reading: ReadOptions = ReadOptions()
 
     make = make_loader
+    augment = transforms.augment_by_affine
+    preprocess = transforms.unchanged
+    alternating_views = 1
 
     @functools.cached_property
     def collection(self) -> "IdxCollection":
@@ -115,10 +118,6 @@ class Idx:
     @functools.cached_property
     def _stored_size(self) -> tuple[int, ...]:
         return read_header(self.collection.paths["train", "images"], "images")[1:]
-
-    @property
-    def alternating_views(self) -> int:
-        return 1
 
     def source(self, split: Split) -> ArraySource:
         """Opens a split: training images in the file's order, held-out images class by class."""
@@ -153,16 +152,6 @@ class Idx:
             }
             for split, source in sources.items()
         }
-
-    def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
-        """Moves, rotates and scales an image at random, where the settings ask for it."""
-        if self.shift == self.rotate == self.zoom == 0:
-            return image_HWC
-        return random_affine(image_HWC, rng, self.shift, self.rotate, self.zoom)
-
-    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Returns the image itself."""
-        return image_HWC
 
 
 class IdxCollection(NamedTuple):

@@ -33,6 +33,8 @@ class Noise:
     reading: ReadOptions = ReadOptions()
 
     make = make_loader
+    preprocess = transforms.unchanged
+    alternating_views = 1
 
     def __post_init__(self):
         transforms.check_image_size(self.size, self.channels)
@@ -55,15 +57,7 @@ class Noise:
         count = self.images if split == "train" else self.held_out_images
         return NoiseSource(self, split, count)
 
-    @property
-    def alternating_views(self) -> int:
-        return 1
-
     def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
-        """Returns the image itself."""
-        return image_HWC
-
-    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
         """Returns the image itself."""
         return image_HWC
 

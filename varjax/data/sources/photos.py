@@ -41,6 +41,7 @@ class Photos:
     reading: ReadOptions = ReadOptions()
 
     make = make_loader
+    alternating_views = 1
 
     def __post_init__(self):
         transforms.check_image_size(self.size, 3)
@@ -49,10 +50,6 @@ class Photos:
                 f"size is {self.size}, but crops have at most {HELD_OUT_WIDTH} pixels a side"
             )
         check_setting("images", self.images, self.images >= 1, "at least 1")
-
-    @property
-    def alternating_views(self) -> int:
-        return 1
 
     @property
     def classes(self) -> int:
