@@ -196,7 +196,7 @@ def reverse_diffusion(
     steps: int | jax.Array,
     draw: Callable[[jax.Array | int], jax.Array],
     temperature: float | jax.Array = 1.0,
-    clip_denoised: float | jax.Array | None = None,
+    clip_denoised: float | jax.Array = 0.0,
 ) -> jax.Array:
     """Draws vectors by undoing the noise step by step (Ho et al. 2020, DDPM, algorithm 2).
 
@@ -208,20 +208,20 @@ def reverse_diffusion(
         draw: j -> normal noise (N, Z): for j = J the vectors to start from, and for j = J-1 … 1 the
             noise added by the step from timestep number j.
         temperature: factor on the noise that steps add.
-        clip_denoised: largest |x_0| that a step may aim at; None or 0 for no limit.
+        clip_denoised: largest |x_0| that a step may aim at; 0 for no limit.
 
     Returns:
         x_0, (N, Z).
     """
+
+    bound = jnp.where(jnp.equal(clip_denoised, 0), jnp.inf, clip_denoised)
 
     def step(i, xt_NZ):
         j = steps - 1 - i
         at = coefficients.at(j)
         noise_NZ, value_NZ = jnp.split(denoise(xt_NZ, jnp.asarray(at.timestep)[None]), 2, axis=-1)
         x0_NZ = at.x0_of_xt * xt_NZ - at.x0_of_noise * noise_NZ.astype(jnp.float32)
-        if clip_denoised is not None:
-            bound = jnp.where(jnp.equal(clip_denoised, 0), jnp.inf, clip_denoised)
-            x0_NZ = jnp.clip(x0_NZ, -bound, bound)
+        x0_NZ = jnp.clip(x0_NZ, -bound, bound)
         mean_NZ = at.mean_of_x0 * x0_NZ + at.mean_of_xt * xt_NZ
         std_NZ = jnp.exp(at.log_variance(value_NZ.astype(jnp.float32)) / 2)
         return mean_NZ + jnp.where(j > 0, std_NZ * draw(j) * temperature, 0)

@@ -245,19 +245,12 @@ class MLP(nn.Module):
         return y_BlC if dropout is None else dropout.fold_in(1)(y_BlC)
 
 
-def layer_norm(name: str | None = None, affine: bool = True) -> nn.LayerNorm:
-    """Makes a layer norm that computes in float32 and gives float32.
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+    """Makes a layer norm, with scale and bias, that computes in float32 and gives float32.
 
-    name: inside of @nn.compact; affine: whether it has a scale and a bias.
+    name: inside of @nn.compact.
     """
-    return nn.LayerNorm(
-        epsilon=EPSILON,
-        dtype=jnp.float32,
-        use_fast_variance=False,
-        use_scale=affine,
-        use_bias=affine,
-        name=name,
-    )
+    return nn.LayerNorm(epsilon=EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 def cache_bytes(depth: int, width: int, rows: int, length: int, item: int) -> int:

@@ -238,8 +238,6 @@ def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) 
         if hint is bool:
             switch = argparse.BooleanOptionalAction
             parser.add_argument(f"--{name}", action=switch, help=about)
-        elif typing.get_origin(hint) is typing.Literal:
-            parser.add_argument(f"--{name}", choices=typing.get_args(hint), help=about)
         else:
             parse = functools.partial(parse_option, name, hint)
             parser.add_argument(f"--{name}", type=parse, help=about)
@@ -257,8 +255,6 @@ def parse_option(name: str, hint: Any, text: str, separator: str = ",") -> Any:
     Raises:
         argparse.ArgumentTypeError: the text is not of this type.
     """
-    if typing.get_origin(hint) is typing.Literal:
-        return text  # the options check their values
     several = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kind = typing.get_args(hint)[0] if several else hint
     try:
