@@ -99,7 +99,7 @@ def test_a_tokenizer_alone_serves_training_but_not_sampling(tokenizer_dir, tmp_p
     with pytest.raises(ValueError, match="has only tokenizer; convert it again with --var"):
         varjax.load(tokenizer_dir)
     other = dataclasses.replace(TOKENIZER, phi_ratio=0.25)
-    with pytest.raises(ValueError, match="a different tokenizer:\n  phi_ratio: 0.5, expected 0.25"):
+    with pytest.raises(ValueError, match="a different tokenizer:\n  phi_ratio: 0.5 there, 0.25"):
         read_expected_tokenizer(open_weights(tokenizer_dir), other)
     convert_to_torch(tokenizer_dir, tmp_path / "torch")
     names = sorted(path.name for path in (tmp_path / "torch").iterdir())

@@ -149,19 +149,6 @@ def test_a_wrong_override_says_what_is_allowed(assignment, message):
         config_tree.override(Root(), [assignment])
 
 
-def test_differences_name_every_path():
-    a, b = config_tree.to_dict(Root()), config_tree.to_dict(Root(Leaf(rate=1.0), part=Other(8)))
-    assert config_tree.differences(a, b) == [
-        "leaf.rate: 0.5 in the run, 1.0 in the config",
-        "part.depth: 3 in the run, 8 in the config",
-    ]
-    assert config_tree.differences(a, a) == []
-    assert config_tree.differences({"a": 1}, {"b": 2}) == [
-        "a: 1 in the run, absent in the config",
-        "b: absent in the run, 2 in the config",
-    ]
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -178,7 +178,7 @@ def test_tokens_of_another_tokenizer_are_refused(cache, task, tmp_path):
         (other / path.name).symlink_to(path)
     data = CachedLatents(str(other))
     with pytest.raises(
-        ValueError, match="(?s)a different tokenizer:.*num_phi: 1 in the data.*weights: 0000"
+        ValueError, match="(?s)a different tokenizer:.*num_phi: 1 in the data.*weights: '0000"
     ):
         loop.train(Experiment(task, data, str(tmp_path / "run"), batch_size=8, steps=1))
     tokenizer = VQTask(runs.TOKENIZER)
@@ -359,7 +359,7 @@ def test_floats_are_stored_in_the_given_dtype_and_rounding_is_reported(dtype, tm
         line = next(line for line in said.splitlines() if line.startswith(name))
         found = float(line.partition("error is ")[2].partition(",")[0])
         assert 0 < 0.99 * error <= found < 1e-2
-    with pytest.raises(ValueError, match=r"latent_spec.*\.dtype: float16 there, float32 requested"):
+    with pytest.raises(ValueError, match=r"latent_spec.*\.dtype: 'float16' there, 'float32' req"):
         cache_latents(task, data, seed=3, batch_size=8, out=str(out), dtype="float32")
 
 

@@ -244,7 +244,7 @@ def test_a_sweep_of_other_weights_or_references_is_refused(sweep, capsys, monkey
     assert "a.guidance=2.json was made with other settings" in capsys.readouterr().err
     monkeypatch.setattr(FakeSampler, "identity", lambda self: {"weights": "other"})
     assert run_sweep("guidance=1,2,3") == 1
-    assert "samples.weights: fake there, other requested" in capsys.readouterr().err
+    assert "samples.weights: 'fake' there, 'other' requested" in capsys.readouterr().err
     os.remove("a.guidance=3.json")  # a point without its report cannot be compared
     os.remove("a.guidance=2.json")
     assert run_sweep("guidance=1,2,3") == 1

@@ -168,7 +168,7 @@ def test_each_process_compares_its_request_with_that_of_the_first(tmp_path, monk
         return [NOTHING, None]
 
     in_process(1, [begin_there, lambda mine: [NOTHING, mine]], monkeypatch)
-    with pytest.raises(InputError, match="process 1: .*\n *weights: theirs there, mine requested"):
+    with pytest.raises(InputError, match="process 1: .*\n *weights: 'theirs' there, 'mine'"):
         run_job(MODEL, EMPTY, FolderOutput(tmp_path, np.zeros(0, int), {"weights": "mine"}))
 
 
@@ -182,10 +182,10 @@ def test_a_finished_output_is_recognized_and_a_different_request_refused(whole, 
         with pytest.raises(ValueError, match="(?s)seed: 0 there, 1 requested.*delete it"):
             draw(out, "--seed=1")
         with pytest.raises(
-            ValueError, match="(?s)labels: all there, 1,2 .*guidance: 1.5 there, 4.0"
+            ValueError, match="(?s)labels: 'all' there, '1,2' .*guidance: 1.5 there, 4.0"
         ):
             draw(out, "--labels=1,2", "--guidance=4")
-        with pytest.raises(ValueError, match="compute.dtype: float32 there, bfloat16 requested"):
+        with pytest.raises(ValueError, match="compute.dtype: 'float32' there, 'bfloat16' req"):
             draw(out, "--dtype=bfloat16")
 
 

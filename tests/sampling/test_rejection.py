@@ -223,7 +223,7 @@ def test_a_different_classifier_or_acceptance_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="accept: 0.3 there, 0.5 requested"):
         draw(tmp_path / "a.npz", accept=0.5)
     monkeypatch.setattr(FakeClassifier, "identity", {"network": "other"})
-    with pytest.raises(InputError, match="classifier.network: fake there, other requested"):
+    with pytest.raises(InputError, match="classifier.network: 'fake' there, 'other' requested"):
         draw(tmp_path / "a.npz")
 
 

@@ -12,6 +12,7 @@ from varjax.storage.untrusted import (
     check_name,
     check_settings,
     check_shape,
+    differences,
     parse_json,
     path_inside,
     reason,
@@ -69,6 +70,20 @@ def test_settings_of_implausible_size_are_refused():
     for bad in (2**70, -(2**21), math.inf, math.nan, [0] * 257, [[2**30]]):
         with pytest.raises(InputError, match=r"^var\.a\.b.* are allowed"):
             check_settings({"a": {"b": bad}}, "var")
+
+
+def test_differences_name_every_path():
+    a = {"leaf": {"rate": 0.5, "mode": "fast"}, "depth": 3, "new": None, "gone": 1, "x": "1," * 500}
+    b = {"leaf": {"rate": 1.0, "mode": "fast"}, "depth": None, "added": "", "x": "2," * 500}
+    *lines, long, added = differences(a, b, "there", "requested")
+    assert [*lines, added] == [
+        "leaf.rate: 0.5 there, 1.0 requested",
+        "depth: 3 there, None requested",
+        "gone: 1 there, absent requested",
+        "added: absent there, '' requested",
+    ]
+    assert long.startswith("x: '1,1,") and " … there, '2,2," in long and len(long) < 400
+    assert differences(a, a, "there", "requested") == []
 
 
 def test_long_messages_are_truncated():

@@ -157,7 +157,7 @@ def test_accumulation_changes_only_rounding_and_drop_path_affects_both_models(fr
 def test_a_reference_of_another_config_is_refused():
     start = str(runs.var())
     chex.assert_trees_all_equal(read_reference_params(start, runs.VAR), read_model(start)[2])
-    with pytest.raises(InputError, match="different model .*\n  heads: 2 in the run, 4 in the co"):
+    with pytest.raises(InputError, match="different model .*\n  heads: 2 there, 4 in this run"):
         read_reference_params(start, dataclasses.replace(runs.VAR, heads=4))
     with pytest.raises(InputError, match="nowhere does not exist"):
         read_reference_params("nowhere", runs.VAR)

@@ -102,7 +102,7 @@ def test_a_step_trains_everything_but_the_tokenizer(frozen, state):
 def test_weights_of_another_tokenizer_are_refused():
     other = dataclasses.replace(runs.TOKENIZER, width=16)
     task = dataclasses.replace(TASK, tokenizer=other, tokenizer_weights=str(runs.tokenizer()))
-    with pytest.raises(ValueError, match="width: 8, expected 16"):
+    with pytest.raises(ValueError, match="width: 8 there, 16 expected"):
         task.frozen()
     with pytest.raises(ValueError, match="nowhere"):
         dataclasses.replace(TASK, tokenizer_weights="nowhere").frozen()

@@ -440,6 +440,5 @@ def check_tokenizer(weights: WeightsDir, expected: Any) -> None:
     needed, settings = config_tree.to_dict(expected), dict(weights.tokenizer_settings())
     if settings.keys() <= needed.keys() | {"_type"}:  # the same kind; missing fields have defaults
         settings = config_tree.to_dict(weights.read_tokenizer_config(type(expected)))
-    names = [n for n in dict.fromkeys((*settings, *needed)) if settings.get(n) != needed.get(n)]
-    if lines := [f"{n}: {settings.get(n)}, expected {needed.get(n)}" for n in names]:
+    if lines := untrusted.differences(settings, needed, "there", "expected"):
         raise InputError(f"{weights.path} has a different tokenizer:\n  " + "\n  ".join(lines))

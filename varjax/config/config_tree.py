@@ -102,22 +102,6 @@ def check_types(config: Any, path: str = "") -> None:
             raise InputError(f"{below} must be {_spell(kind)}, not {shown(value)}")
 
 
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Lists the differences between two `to_dict` trees: "path: A in the run, B in the config"."""
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return [] if a == b else [f"{path}: {a!r} in the run, {b!r} in the config"]
-    lines = []
-    for key in dict.fromkeys((*a, *b)):
-        below = f"{path}.{key}" if path else key
-        if key not in a:
-            lines.append(f"{below}: absent in the run, {b[key]!r} in the config")
-        elif key not in b:
-            lines.append(f"{below}: {a[key]!r} in the run, absent in the config")
-        else:
-            lines += differences(a[key], b[key], below)
-    return lines
-
-
 def type_name(kind: Any) -> str:
     """Formats an annotation as in source code, without module names: "int | None"."""
     inner = typing.get_args(kind)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from varjax.errors import InputError, StorageError
-from varjax.storage import buckets
+from varjax.storage import buckets, untrusted
 from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.files import (
     create_json,
@@ -31,7 +31,6 @@ MAX_VISITS = 64
 LOCK_FILE = ".lock"
 # Recorded by this version, but not by older ones, whose outputs are continued all the same.
 LATER_NAMES = frozenset({"model_config"})
-SHOWN_LENGTH = 150  # characters of a value in a message
 LISTING_SECONDS = 5.0  # until a network disk lists files of another machine
 
 
@@ -207,31 +206,12 @@ def check_same_request(
     """
     requested = json.loads(json.dumps(requested))  # without tuples, like `existing` from a file
     requested = _without_later_names(requested, existing)
-    if lines := _differences(existing, requested):
+    if lines := untrusted.differences(existing, requested, "there", "requested"):
         raise InputError(
             f"{path} was made with other settings, or from files that have since changed:\n  "
             + "\n  ".join(lines)
             + "\nUse the same settings to continue it, delete it, or choose another output"
         )
-
-
-def _differences(
-    existing: Mapping[str, Any], requested: Mapping[str, Any], above: str = ""
-) -> list[str]:
-    """Returns a line for each value that differs, at any depth, named like "samples.seed"."""
-    lines = []
-    for name in dict.fromkeys((*existing, *requested)):
-        there, wanted = existing.get(name), requested.get(name)
-        if isinstance(there, dict) and isinstance(wanted, dict):
-            lines += _differences(there, wanted, f"{above}{name}.")
-        elif there != wanted:
-            lines.append(f"{above}{name}: {_short(there)} there, {_short(wanted)} requested")
-    return lines
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]} …"
 
 
 def _without_later_names(

@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from varjax.errors import InputError
@@ -26,6 +26,7 @@ MAX_DEPTH, MAX_INTEGER = 64, 2**64  # of JSON data; deeper data would overflow t
 # Decoding takes up to 8 bytes a pixel, for any bit depth, in each of up to 16 threads.
 MAX_PIXELS, MAX_ASPECT_RATIO = 2**26, 100
 SHOWN_LENGTH, SHOWN_ITEMS, SHOWN_LINES, REASON_LENGTH = 80, 6, 50, 200
+COMPARED_LENGTH = 150  # characters of a value in `differences`
 
 
 def plausible_bytes(file_bytes: int) -> int:
@@ -231,6 +232,27 @@ def shown(value: Any) -> str:
     return _kind(value)
 
 
+def differences(a: Any, b: Any, in_a: str, in_b: str, path: str = "") -> list[str]:
+    """Lists where two JSON trees differ: "path: A in_a, B in_b".
+
+    An absent value equals None: it may be missing because it was added to a later version.
+
+    Args:
+        a: first tree of JSON data.
+        b: second tree of JSON data.
+        in_a: words that follow a value of the first tree, such as "there".
+        in_b: words that follow a value of the second tree.
+        path: dotted path of the trees; "" for none.
+    """
+    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return [] if a == b else [f"{path}: {_compared(a)} {in_a}, {_compared(b)} {in_b}"]
+    lines = []
+    for name in dict.fromkeys((*a, *b)):
+        below = f"{path}.{name}" if path else name
+        lines += differences(a.get(name, ABSENT), b.get(name, ABSENT), in_a, in_b, below)
+    return lines
+
+
 def printable(text: str) -> str:
     """Escapes characters that a terminal would not print: text from a file may contain any."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -260,6 +282,22 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+class _Absent:
+    def __eq__(self, other: object) -> bool:
+        return other is None
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+
+
+def _compared(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= COMPARED_LENGTH else f"{text[:COMPARED_LENGTH]} …"
 
 
 def _kind(value: Any) -> str:

@@ -22,6 +22,7 @@ from varjax.runtime.messages import say
 from varjax.runtime.reproducibility import jax_draws, random_numbers_digest, versions
 from varjax.storage import files
 from varjax.storage.buckets import as_path
+from varjax.storage.untrusted import differences
 from varjax.training.experiment import Experiment
 from varjax.training.run_writers import WANDB_ID_FILE
 from varjax.training.task import Plan
@@ -182,7 +183,7 @@ def _config_differences(
     for name in ("plan", "license", *changeable):
         _drop(before, name)
         _drop(now, name)
-    return sorted(config_tree.differences(before, now))
+    return sorted(differences(before, now, "in the run", "in the config"))
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -237,10 +238,10 @@ def check_data(experiment: Experiment) -> dict[str, Any]:
         )
         # Older versions did not write every entry.
         images_now = {name: part for name, part in images_now.items() if name in images_before}
-        if lines := config_tree.differences(images_before, images_now):
+        if lines := differences(images_before, images_now, "in the run", "in the config"):
             raise InputError(
                 f"{experiment.run_dir} was trained on other images:\n  "
-                + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
+                + "\n  ".join(lines)
                 + "\ngive this run another run_dir, or bring back the images to continue"
             )
     return now | {"starts": [*starts[:1], *starts[1:][-MAX_STARTS:], start]}

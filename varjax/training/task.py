@@ -8,6 +8,7 @@ import flax.struct
 import jax
 
 from varjax.errors import InputError
+from varjax.storage.untrusted import differences
 from varjax.trees import PyTree
 
 MAX_INITIAL_FRACTION = (
@@ -216,11 +217,7 @@ def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, A
         return
     if not (expected := task.tokenizer_identity(frozen)):
         raise InputError(f"a {type(task).__name__} trains on images, but the data are latents")
-    names = dict.fromkeys((*tokenizer_identity, *expected))
-    both = {name: (tokenizer_identity.get(name), expected.get(name)) for name in names}
-    if lines := [
-        f"{name}: {a} in the data, {b} in this task" for name, (a, b) in both.items() if a != b
-    ]:
+    if lines := differences(tokenizer_identity, expected, "in the data", "in this task"):
         raise InputError(
             "the latents were made by a different tokenizer:\n  "
             + "\n  ".join(lines)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from varjax.checkpoints.weights import RANDOM, open_for_setting, read_generator
 from varjax.config import config_tree
 from varjax.errors import InputError, check_setting
+from varjax.storage.untrusted import differences
 from varjax.trees import PyTree
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
@@ -75,8 +76,8 @@ def read_reference_params(location: str, model: VARConfig) -> PyTree:
     weights = open_for_setting("task.cca.reference", location)
     config, params, _ = read_generator(weights, "var", "VARTask", VARConfig, VAROptions)
     config = dataclasses.replace(config, gate_init=model.gate_init)  # matters to `init` alone
-    both = config_tree.to_dict(config), config_tree.to_dict(model)
-    if lines := config_tree.differences(*both):
+    there, expected = config_tree.to_dict(config), config_tree.to_dict(model)
+    if lines := differences(there, expected, "there", "in this run"):
         raise InputError(
             f"cca.reference={location} holds a different model than this run trains:\n  "
             + "\n  ".join(lines)
