@@ -14,12 +14,12 @@ from jax.sharding import SingleDeviceSharding
 
 from tests.helpers import tiny
 from varjax.checkpoints import saved_steps
-from varjax.checkpoints.saved_steps import STATE_TREES
+from varjax.checkpoints.saved_steps import STATE_TREES, SavedSteps
 from varjax.checkpoints.weights import open_weights, restore_weights
 from varjax.errors import DamagedFileError, InputError, StorageError
 from varjax.runtime import distributed
 from varjax.storage import checksums, files, untrusted
-from varjax.training.checkpoint import Checkpoints
+from varjax.training.checkpoint import Checkpoints, read_state
 from varjax.training.task import TrainState
 
 TASK = tiny.Tiny(width=4)
@@ -52,7 +52,9 @@ def test_the_last_steps_are_restored(tmp_path):
         equal(read, state(3))
         assert jax.tree.structure(read) == jax.tree.structure(state(3))
         assert meta == {"best": 1.5}
-        equal(checkpoints.restore(ABSTRACT, PLACEMENT, step=2)[0], state(2))
+        read, meta = read_state(SavedSteps(tmp_path), 2, ABSTRACT, PLACEMENT)
+        equal(read, state(2))
+        assert meta == {"best": 1.0}
 
 
 def test_milestones_are_kept(tmp_path):
@@ -139,8 +141,8 @@ def test_a_flipped_bit_is_detected(tmp_path, monkeypatch, damaged, capsys):
         assert said.endswith("; using 1\n")
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [1, 2]
-        with pytest.raises(InputError, match=r"no checkpoint of \[2\].*\n.* do not match"):
-            checkpoints.restore(ABSTRACT, PLACEMENT, step=2)
+        with pytest.raises(DamagedFileError, match=f"2/{damaged} is damaged: .* do not match"):
+            read_state(SavedSteps(tmp_path / "checkpoints"), 2, ABSTRACT, PLACEMENT)
         read, meta = checkpoints.restore(ABSTRACT, PLACEMENT)
         equal(read, state(1))
         assert checkpoints.steps() == [1] and meta == {"best": 0.5}
@@ -389,6 +391,24 @@ def test_nothing_is_moved_if_no_step_can_be_read(tmp_path):
         with pytest.raises(ValueError, match=r"no checkpoint of \[1\] .* can be read"):
             checkpoints.restore(ABSTRACT, PLACEMENT)
         assert checkpoints.steps() == [1]
+
+
+def test_many_damaged_steps_are_passed_over_and_deleted_ones_are_not_read_forever(tmp_path, capsys):
+    kept, read = tmp_path / "checkpoints", []
+    for step in range(1, 31):
+        (kept / str(step)).mkdir(parents=True)
+
+    def read_step(step):
+        read.append(step)
+        if step > 1:
+            raise DamagedFileError(f"{step} is damaged")
+        return "state"
+
+    assert SavedSteps(kept).newest(read_step) == "state" and read == [*range(30, 0, -1)]
+    assert capsys.readouterr().err.count("is damaged; using 1\n") == 29
+    with pytest.raises(InputError, match="can be read"):  # a run that saves faster than this reads
+        SavedSteps(kept).newest(read_step, lambda: [1000 + len(read)])
+    assert len(read) < 100
 
 
 def test_another_model_is_refused_with_the_differences(tmp_path):

@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import stat
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -31,13 +30,14 @@ from varjax.errors import (
     StorageError,
 )
 from varjax.runtime.distributed import on_all_processes
+from varjax.runtime.messages import say
 from varjax.storage import checksums, read_errors, untrusted
 from varjax.storage.buckets import absolute, in_bucket
 from varjax.trees import PyTree
 
 STATE_TREES = ("params", "ema", "opt_state")
 RECORD_KEYS = {"step", "meta", "arrays", checksums.SEAL}
-MAX_ATTEMPTS = 20  # to read the newest step while the run deletes old steps
+MAX_DELETED = 20  # steps that the run may delete before they are read
 T = TypeVar("T")
 
 
@@ -104,7 +104,8 @@ class SavedSteps:
 
         Args:
             read: function that reads one step.
-            steps: function that lists the steps; None for the method `steps`.
+            steps: function that lists the steps, the same in all processes, which read together;
+                then only the first one reports. None for the method `steps`.
 
         Raises:
             InputError: no step can be read.
@@ -116,14 +117,15 @@ class SavedSteps:
                 result = read(candidates[-1])
             except DamagedFileError as error:
                 failed[candidates[-1]] = error
-                if len(failed) == MAX_ATTEMPTS:
+                if len(failed.keys() - set(list_steps())) > MAX_DELETED:
                     break
                 continue
-            for step in set(list_steps()) & failed.keys():
-                print(f"{unreadable(step, failed[step])}; using {candidates[-1]}", file=sys.stderr)
+            damaged = sorted(set(list_steps()) & failed.keys())
+            for step in damaged if steps is None or jax.process_index() == 0 else ():
+                say(f"{_unreadable(step, failed[step])}; using {candidates[-1]}")
             return result
         if failed:
-            raise none_readable(self.directory, failed)
+            raise _none_readable(self.directory, failed)
         return None
 
     def meta(self, step: int) -> dict:
@@ -329,15 +331,15 @@ class SavedSteps:
         raise AssertionError
 
 
-def unreadable(step: int, error: Exception) -> str:
+def _unreadable(step: int, error: Exception) -> str:
     """Returns one line that says why a step cannot be read."""
     reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
     return f"checkpoint {step} cannot be read: {reason}"
 
 
-def none_readable(directory: pathlib.Path, errors: Mapping[int, DamagedFileError]) -> InputError:
+def _none_readable(directory: pathlib.Path, errors: Mapping[int, DamagedFileError]) -> InputError:
     """Returns the error to raise if no step can be read: a StorageError if the disk fails."""
-    lines = "\n  ".join(unreadable(step, errors[step]) for step in sorted(errors))
+    lines = "\n  ".join(_unreadable(step, errors[step]) for step in sorted(errors))
     text = f"no checkpoint of {sorted(errors)} in {directory} can be read:\n  {lines}\n"
     if any(isinstance(error, DiskReadError) for error in errors.values()):
         return StorageError(f"{text}Nothing was moved. Start again when the disk works")

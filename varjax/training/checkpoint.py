@@ -1,6 +1,7 @@
 """Checkpoints of a run: <run>/checkpoints/<step>, and <run>/best/<step> with `keep_best`."""
 
 import contextlib
+import functools
 import pathlib
 import sys
 import threading
@@ -12,16 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from varjax.checkpoints.saved_steps import (
-    STATE_TREES,
-    SavedSteps,
-    make_record,
-    none_readable,
-    unreadable,
-)
+from varjax.checkpoints.saved_steps import STATE_TREES, SavedSteps, make_record
 from varjax.errors import DamagedFileError, StorageError
 from varjax.runtime.distributed import on_first_process
-from varjax.runtime.messages import say
 from varjax.storage import files
 from varjax.storage.buckets import absolute, in_bucket
 from varjax.training.task import TrainState
@@ -170,7 +164,7 @@ class Checkpoints:
         return on_first_process(lambda: self._saved.meta(step))
 
     def restore(
-        self, abstract: TrainState, shardings: TrainState, step: int | None = None
+        self, abstract: TrainState, shardings: TrainState
     ) -> tuple[TrainState, dict] | None:
         """Reads the newest step that all processes can read.
 
@@ -179,7 +173,6 @@ class Checkpoints:
         Args:
             abstract: shapes and dtypes of the state.
             shardings: shardings of the restored arrays, which may differ from those at saving.
-            step: step number to read; None for the newest checkpoint that can be read.
 
         Returns:
             (state, meta), or None if nothing is saved.
@@ -189,21 +182,11 @@ class Checkpoints:
             StorageError: a step cannot be read now, but its files may be good.
             InputError: none of the saved steps can be read.
         """
-        steps = self.steps() if step is None else [step]
-        damaged: dict[int, DamagedFileError] = {}
-        for candidate in reversed(steps):
-            try:
-                restored = read_state(self._saved, candidate, abstract, shardings)
-            except DamagedFileError as error:
-                damaged[candidate] = error
-                words = unreadable(candidate, error)
-                on_first_process(lambda: say(words))  # noqa: B023  (now)
-                continue
-            self._move_aside(sorted(damaged))
-            return restored
-        if damaged:
-            raise none_readable(self.directory, damaged)
-        return None
+        read = functools.partial(read_state, self._saved, abstract=abstract, shardings=shardings)
+        if (restored := self._saved.newest(read, self.steps)) is not None:
+            newest = int(restored[0].step)
+            self._move_aside([step for step in self.steps() if step > newest])
+        return restored
 
     def _reporting_failure(self, action: Callable[[], Any]) -> None:
         try:
