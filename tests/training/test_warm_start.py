@@ -12,13 +12,13 @@ from tests.helpers import forked, runs, tiny
 from tests.helpers.paths import ROOT
 from varjax import trees
 from varjax.checkpoints.saved_steps import SavedSteps
-from varjax.checkpoints.weights import restore_weights
+from varjax.checkpoints.weights import restore_weights, split_step
 from varjax.errors import InputError
 from varjax.models import read_model
 from varjax.storage import files
 from varjax.training import loop
 from varjax.training.checkpoint import Checkpoints
-from varjax.training.initial_weights import _run_and_step, warm_start_state
+from varjax.training.initial_weights import warm_start_state
 from varjax.training.sharding import MeshShape, make_mesh, shardings
 from varjax.training.task import Plan
 from varjax.var.model import VARConfig
@@ -181,7 +181,8 @@ def test_invalid_forks_are_refused(tmp_path):
         checkpoints.save(7, state)
     for location, message in (
         (f"{tmp_path}@8", r"has checkpoints of steps \[7\]"),
-        (f"{tmp_path}@last", r"has checkpoints of steps \[7\]"),
+        (f"{tmp_path}@best", r"has checkpoints of steps \[7\]"),
+        (f"{tmp_path}@last", "@last has no checkpoint; give RUN or RUN@STEP"),
     ):
         with pytest.raises(InputError, match=message):
             loop.train(dataclasses.replace(e, fork_from=location))
@@ -203,8 +204,8 @@ def test_the_name_of_a_run_may_contain_an_at_sign(whole, tmp_path):
     for name in ("me@host/run", "run@3", f"run@{step}"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(run_dir)
-        assert _run_and_step(f"{tmp_path}/{name}") == (f"{tmp_path}/{name}", None)
-        assert _run_and_step(f"{tmp_path}/{name}@{step}") == (f"{tmp_path}/{name}", step)
-    assert _run_and_step("me@host/run") == ("me@host/run", None)  # a relative path
-    assert _run_and_step("runs/a@²") == ("runs/a@²", None)
-    assert _run_and_step("@5") == ("@5", None)
+        assert split_step(f"{tmp_path}/{name}") == (f"{tmp_path}/{name}", None)
+        assert split_step(f"{tmp_path}/{name}@{step}") == (f"{tmp_path}/{name}", step)
+    assert split_step("me@host/run") == ("me@host/run", None)  # a relative path
+    assert split_step("runs/a@²") == ("runs/a@²", None)
+    assert split_step("@5") == ("@5", None)

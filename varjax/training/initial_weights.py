@@ -14,6 +14,7 @@ import numpy as np
 
 from varjax import trees
 from varjax.checkpoints.saved_steps import SavedSteps
+from varjax.checkpoints.weights import split_step
 from varjax.config import config_tree
 from varjax.errors import DamagedFileError, InputError, MismatchError, StorageError
 from varjax.runtime.distributed import check_shared_file, on_first_process
@@ -76,7 +77,7 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
     Raises:
         InputError: no such run or step, another model or optimizer, or damaged files.
     """
-    run, number = on_first_process(lambda: _run_and_step(fork_from))
+    run, number = on_first_process(lambda: split_step(fork_from))
     saved = SavedSteps(as_path(run) / "checkpoints")
 
     def read(step: int) -> tuple[int, TrainState]:
@@ -104,22 +105,6 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
     if jax.process_index() == 0:
         say(f"continuing from step {step} of {run}")
     return state
-
-
-def _run_and_step(text: str) -> tuple[str, int | None]:
-    """Reads RUN or RUN@STEP; the name of a directory may contain @, even at its end."""
-
-    def steps(run: str) -> list[int]:
-        return SavedSteps(as_path(run) / "checkpoints").steps()
-
-    run, _, number = text.rpartition("@")
-    if not run or steps(text):
-        return text, None
-    if number.isdecimal():
-        return run, int(number)
-    if saved := steps(run):
-        raise InputError(f"fork_from={text}: {run} has checkpoints of steps {saved}")
-    return text, None
 
 
 class _PretrainedParameters:
@@ -234,7 +219,7 @@ def first_frozen_weights(experiment: Experiment) -> PyTree:
 
 def _forked_frozen_weights(experiment: Experiment) -> PyTree | None:
     """Reads the copy of `fork_from`; None if it names other weights or has no intact copy."""
-    run = as_path(_run_and_step(experiment.fork_from)[0])
+    run = as_path(split_step(experiment.fork_from)[0])
     try:
         before = files.read_json(run / "config.json")["task"]
         if _frozen_settings(before) != _frozen_settings(config_tree.to_dict(experiment.task)):
