@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -195,8 +195,7 @@ def put(tree: Any, shardings: Any) -> Any:
     """
 
     def place(x: Any, sharding: NamedSharding) -> jax.Array:
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[cast(Any, index)])
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), np.shape(x))
 
     return jax.tree.map(place, tree, shardings)
 
@@ -251,17 +250,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int) -> Batch:
         mesh: mesh of all devices of all processes.
         size: number of rows of the whole batch, over all processes.
     """
-    mine_N = rows_of_process(mesh, size)
-
-    def put(x: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(size)  # a device's rows are contiguous
-            first = np.searchsorted(mine_N, start)
-            return x[first : first + stop - start]
-
-        return jax.make_array_from_callback((size, *x.shape[1:]), batch_sharding(mesh), part)
-
-    return {name: put(x) for name, x in batch.items()}
+    rows = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(rows, x, (size, *x.shape[1:]))
+        for name, x in batch.items()
+    }
 
 
 class Prefetcher:
