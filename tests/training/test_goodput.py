@@ -136,15 +136,22 @@ def test_goodput_of_a_killed_run_covers_all_starts(tmp_path, monkeypatch):
     assert end["goodput/fraction"] == pytest.approx(share) and 0 < share < 1
 
 
-def test_rates_exclude_paused_time(now, monkeypatch):
+def test_rates_exclude_evaluations_saves_and_compilation(now, monkeypatch):
     monkeypatch.setattr(hardware, "peak_flops", lambda: 4e12)
     meter = ThroughputMeter(batch_size=8, parameters=5)
     meter.step_flops = 6_000_000_000_000 * jax.device_count()
-    assert meter.measure(3, waited=1.0).keys() <= {"memory_gb", "memory_peak_gb"}
-    now[0] += 10
-    with meter.paused():
-        now[0] += 1000
-    figures = meter.measure(8, waited=3.5)
+    goodput = Goodput()
+    now[0] += 50
+    goodput.begin("step")
+    now[0] += 20
+    assert meter.measure(3, goodput).keys() <= {"memory_gb", "memory_peak_gb"}
+    now[0] += 7.5
+    for kind in ("evaluate", "save", "compile"):
+        with goodput.measure(kind):
+            now[0] += 1000
+    with goodput.measure("data"):
+        now[0] += 2.5
+    figures = meter.measure(8, goodput)
     del figures["memory_peak_gb"]
     assert figures == {
         "images_per_second": 4.0,

@@ -49,9 +49,10 @@ class Goodput:
         finally:
             self.begin(before)
 
-    def seconds(self, kind: str) -> float:
-        """Returns the time counted as `kind` until it last ended."""
-        return self._seconds[kind]
+    def seconds(self, *kinds: str) -> float:
+        """Returns the time counted as these kinds so far."""
+        self.begin(self._kind)
+        return sum(self._seconds[kind] for kind in kinds)
 
     def add(self, earlier: Mapping[str, float]) -> None:
         """Adds the time of earlier starts, from `earlier_goodput`."""
@@ -109,7 +110,8 @@ def _step_seconds_at(step: int, lines: Sequence[Mapping[str, Any]]) -> float:
 class ThroughputMeter:
     """Measures speed between two calls of `measure`, of which the first only starts the clock.
 
-    It reads the host's clock and counters and never waits for a device.
+    It reads the host's clock and counters and never waits for a device. Time in
+    evaluations, saves and compilation is left out.
 
     Args:
         batch_size: images in a step, over all devices.
@@ -123,23 +125,15 @@ class ThroughputMeter:
         self.step_flops, self.parameters = 0, parameters
         self._batch_size = batch_size
         self._last: tuple[int, float, float] | None = None
-        self._paused_seconds = 0.0
         # Measured now: later it would disturb the training.
         self._peak_flops = hardware.peak_flops()
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Pauses the measurement."""
-        begin = time.monotonic()
-        yield
-        self._paused_seconds += time.monotonic() - begin
-
-    def measure(self, step: int, waited: float) -> dict[str, float]:
+    def measure(self, step: int, goodput: Goodput) -> dict[str, float]:
         """Returns figures about the steps since the last call; at the first call memory only.
 
         Args:
             step: number of steps done so far.
-            waited: seconds spent waiting for data so far.
+            goodput: what the time was spent on so far.
 
         Returns:
             `hardware.memory_usage`, and images_per_second; step_seconds; tflops_per_device, the
@@ -147,7 +141,7 @@ class ThroughputMeter:
             TFLOP in a step; parameters; data_wait in seconds; data_wait_fraction, its fraction of
             the time.
         """
-        now = time.monotonic() - self._paused_seconds
+        now, waited = goodput.seconds("step", "data"), goodput.seconds("data")
         before, self._last = self._last, (step, now, waited)
         if before is None:
             return hardware.memory_usage()

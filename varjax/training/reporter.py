@@ -103,12 +103,12 @@ class StepReporter:
         if self._since is None:
             self._since = time.monotonic(), self._goodput.seconds("compile")
         if step % self._log_every == 0 or step == self._last:
-            numbers |= self._throughput.measure(step, self._goodput.seconds("data"))
+            numbers |= self._throughput.measure(step, self._goodput)
             self._writer.write(step, numbers | self._goodput.metrics())
         elif step == self._first:
             # The speed counts from here on, and is in the first line. How long the start took is
             # recorded, in case of a kill soon after.
-            self._throughput.measure(step, self._goodput.seconds("data"))
+            self._throughput.measure(step, self._goodput)
             self._writer.write(step, self._goodput.metrics())
         shown = (self._first, self._first + RATE_STEPS, self._last)
         if step % self._log_every == 0 or step in shown:

@@ -213,7 +213,6 @@ class Run:
         progress: progress on the terminal.
         preemption: signals that ask the run to stop.
         goodput: measures what the time is spent on.
-        throughput: measures the speed.
         watchdog: ends a run without progress.
         report: file of the error of an earlier start, which is outdated once something is saved.
     """
@@ -235,7 +234,6 @@ class Run:
     progress: ProgressReporter
     preemption: PreemptionGuard
     goodput: Goodput
-    throughput: ThroughputMeter
     watchdog: Watchdog
     report: pathlib.Path
 
@@ -254,8 +252,8 @@ class Run:
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:
-        """Counts the time inside as `kind`, and not in the speed of training."""
-        with self.throughput.paused(), self.goodput.measure(kind):
+        """Counts the time inside as `kind`; its end is progress."""
+        with self.goodput.measure(kind):
             yield
         self.watchdog.progress()
 
@@ -378,7 +376,6 @@ def start_run(
         progress=progress,
         preemption=preemption,
         goodput=goodput,
-        throughput=throughput,
         watchdog=watchdog,
         report=report,
     )
