@@ -199,7 +199,7 @@ def sweep_tensors(folder: pathlib.Path, every: int) -> bool:
     """Flips bits in frozen weights, and in parts of features and samples."""
     folder.mkdir()
     report, task = Report("frozen weights and parts, bits"), FrozenTask()
-    expected = frozen_weights(task, folder)["kernel"].copy()
+    expected = frozen_weights(task.frozen, folder)["kernel"].copy()
     path = folder / "frozen.safetensors"
     store = FeatureStore(folder / "features", {})
     store.add(range(5), {"pool_ND": expected})
@@ -210,7 +210,7 @@ def sweep_tensors(folder: pathlib.Path, every: int) -> bool:
     (images,) = (folder / ".x.npz.parts").glob("*.safetensors")
 
     def read_frozen() -> str:
-        np.testing.assert_array_equal(frozen_weights(task, folder)["kernel"], expected)
+        np.testing.assert_array_equal(frozen_weights(task.frozen, folder)["kernel"], expected)
         return "detected" if path.read_bytes() == content else "harmless"
 
     def read_features() -> str:

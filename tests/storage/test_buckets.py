@@ -154,7 +154,11 @@ def test_a_mirror_uploads_only_changed_files(root, memory):
         mirror.upload()
         assert sorted(name for _, name in memory.calls) == [f"{path}/board/events", f"{path}/log"]
     assert (path / "log").read_text() == "1\n2\n"
+    (mirror.folder / "log").write_text("3\n")
+    mirror.upload(every=60)
+    assert (path / "log").read_text() == "1\n2\n"
     mirror.close()
+    assert (path / "log").read_text() == "3\n"
     assert not mirror.folder.exists()
 
 

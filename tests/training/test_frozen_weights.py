@@ -23,7 +23,7 @@ class Weights(tiny.Tiny):
 def read(folder, numbers=Weights.numbers):
     Weights.numbers, before = numbers, Weights.numbers
     try:
-        return initial_weights.frozen_weights(Weights(), folder)["a"]["kernel"]
+        return initial_weights.frozen_weights(Weights().frozen, folder)["a"]["kernel"]
     finally:
         Weights.numbers = before
 
@@ -80,8 +80,8 @@ def test_processes_wait_for_the_copy_of_the_first_process(tmp_path, monkeypatch)
     monkeypatch.setattr(initial_weights, "on_first_process", lambda _: True)
     timer = threading.Timer(0.3, write)
     timer.start()
-    assert initial_weights.frozen_weights(tiny.Tiny(), tmp_path) == {"offset": 3}
+    assert initial_weights.frozen_weights(tiny.Tiny().frozen, tmp_path) == {"offset": 3}
     timer.join()
     monkeypatch.setattr(initial_weights, "on_first_process", lambda _: False)
     path.unlink()
-    assert initial_weights.frozen_weights(tiny.Tiny(), tmp_path) == {}
+    assert initial_weights.frozen_weights(tiny.Tiny().frozen, tmp_path) == {}

@@ -61,7 +61,7 @@ def test_the_frozen_copy_is_the_tokenizer_of_init_from(model, start, capfd):
         f"the tokenizer is that of init_from={model}, not {OTHER}; to train on the latter, set "
         "init_tokenizer=false\n"
     )
-    frozen = frozen_weights(setup.task, as_path(experiment.run_dir))
+    frozen = frozen_weights(setup.experiment.task.frozen, as_path(experiment.run_dir))
     chex.assert_trees_all_equal(frozen, open_weights(model).read_tokenizer_params())
 
 
@@ -87,7 +87,7 @@ def test_config_json_names_the_tokenizer_in_use(model, start, monkeypatch, tmp_p
 
 def test_init_tokenizer_false_keeps_the_named_tokenizer(model, start, capfd):
     asked = start(init_from=model, init_tokenizer=False)
-    assert set_up(asked).task.tokenizer_weights == OTHER
+    assert set_up(asked).experiment.task.tokenizer_weights == OTHER
     assert "note: the tokenizer is runs/other_tokenizer, because" in capfd.readouterr().err
     set_up(start(task=dataclasses.replace(TASK, tokenizer_weights=model), init_from=model))
     assert not capfd.readouterr().err
@@ -124,7 +124,7 @@ def test_the_same_tokenizer_may_have_other_scales(model, tmp_path):
 
 def test_tasks_stay_the_same_if_there_is_no_tokenizer_to_take(tmp_path, start, capfd):
     alone = write_model(tmp_path / "alone", var=runs.VAR)
-    assert set_up(start(init_from=alone)).task == TASK
+    assert set_up(start(init_from=alone)).experiment.task == TASK
     assert f"the tokenizer is {OTHER}; init_from={alone} has" in capfd.readouterr().err
     for task in (VQTask(runs.TOKENIZER), KLTask(runs.KL)):
         assert task.with_tokenizer_of(alone) is task

@@ -79,11 +79,11 @@ def test_frozen_weights_are_copied_again_before_the_first_checkpoint(tmp_path):
 
     def read(number, bound):
         offset.write_text(number)
-        return initial_weights.frozen_weights(task, run, bound)["offset"]
+        return initial_weights.frozen_weights(task.frozen, run, bound)["offset"]
 
     assert [read("1", False), read("2", False), read("2", True)] == [1, 2, 2]
     offset.unlink()
-    assert initial_weights.frozen_weights(task, run, bound=False)["offset"] == 2
+    assert initial_weights.frozen_weights(task.frozen, run, bound=False)["offset"] == 2
     with pytest.raises(InputError, match="different now: restore the file"):
         (run / "frozen.safetensors").unlink()
         read("3", True)

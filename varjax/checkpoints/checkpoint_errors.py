@@ -67,9 +67,7 @@ def _means_damage(error: BaseException | None) -> bool:
 
 
 def _opening_error(directory: pathlib.Path) -> OSError | None:
-    """Opens the files in a directory; returns the first error, or None."""
-    if in_bucket(directory):
-        return None
+    """Opens the files in a directory on a disk; returns the first error, or None."""
 
     def reraise(error: OSError) -> None:
         raise error

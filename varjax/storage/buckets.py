@@ -15,6 +15,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -211,7 +212,7 @@ class LocalMirror:
     """
 
     def __init__(self, path: pathlib.Path, names: tuple[str, ...] = ()):
-        self._path, self._sent = path, {}
+        self._path, self._sent, self._uploaded = path, {}, time.monotonic()
         self.folder = path
         if in_bucket(path):
             self.folder = pathlib.Path(tempfile.mkdtemp(prefix="varjax_"))
@@ -219,15 +220,19 @@ class LocalMirror:
                 if (path / name).exists():
                     download_object(path / name, self.folder / name)
 
-    def upload(self) -> None:
-        """Uploads the files that have changed; raises StorageError if that fails."""
-        if self.folder == self._path:
+    def upload(self, every: float = 0.0) -> None:
+        """Uploads the files that have changed; raises StorageError if that fails.
+
+        Does nothing within `every` seconds of the last upload.
+        """
+        if self.folder == self._path or time.monotonic() - self._uploaded < every:
             return
         for file in sorted(self.folder.rglob("*")):
             stat = file.stat()
             if file.is_file() and self._sent.get(file) != (state := (stat.st_size, stat.st_mtime)):
                 upload(file, self._path / file.relative_to(self.folder))
                 self._sent[file] = state
+        self._uploaded = time.monotonic()
 
     def close(self) -> None:
         """Uploads the files and removes the local folder."""

@@ -47,8 +47,8 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     if say is None:
         say = print if jax.process_index() == 0 else lambda text: None
     setup = set_up(experiment)
-    experiment = setup.experiment
-    task, loader, mesh = setup.task, setup.loader, setup.mesh
+    experiment, loader, mesh = setup.experiment, setup.loader, setup.mesh
+    task = experiment.task
     run_dir, own_frozen = as_path(experiment.run_dir), None
     if on_first_process(lambda: is_bound(run_dir)):
         check_config(experiment)
@@ -56,6 +56,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
         own_frozen = own_frozen_weights(run_dir)
         # Its next start reads its own checkpoint instead.
         experiment = dataclasses.replace(experiment, fork_from="", init_from="")
+        setup = dataclasses.replace(setup, experiment=experiment)
     else:
         check_holds_run(run_dir)
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
@@ -89,11 +90,11 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     if jax.tree.leaves(frozen):
         say(f"pretrained weights: {_sizes(frozen, where)}")
     frozen = put(frozen, where)
-    evaluator, fid = make_evaluators(experiment, setup, abstract, frozen)
+    evaluator, fid = make_evaluators(setup, abstract, frozen)
     if fid is not None and experiment.fid.reference != HELD_OUT:
         fid.read_reference()
 
-    state = first_state(experiment, setup, abstract, init_key, placement)
+    state = first_state(setup, abstract, init_key, placement)
     batch = put_batch(rows_of_batch, mesh, experiment.batch_size)
     begin = time.monotonic()
     jitted = jit_train_step(task, setup.plan, mesh, placement, experiment.skip_nonfinite > 0)

@@ -164,28 +164,22 @@ class _PretrainedParameters:
         return True if source.shape == leaf.shape else None
 
 
-def frozen_weights(
-    task: Task,
-    run_dir: pathlib.Path,
-    bound: bool = True,
-    read: Callable[[], PyTree] | None = None,
-) -> PyTree:
+def frozen_weights(read: Callable[[], PyTree], run_dir: pathlib.Path, bound: bool = True) -> PyTree:
     """Reads the run's own copy of the task's pretrained weights, which the first process makes.
 
     A damaged copy is made again if the weights that it comes from are still the same.
 
     Args:
-        task: task that reads the weights (`frozen`).
+        read: function that reads the weights to copy.
         run_dir: directory of the run.
         bound: whether the run has a checkpoint. Before its first one, the copy is replaced if the
             weights have changed, as do those of a tokenizer that is trained further.
-        read: function that reads the weights to copy; None for the task's `frozen`.
 
     Raises:
         InputError: the copy is damaged and cannot be made again.
         StorageError: the copy cannot be read or written now.
     """
-    path, read = run_dir / "frozen.safetensors", read or task.frozen
+    path = run_dir / "frozen.safetensors"
     if not bound:
         on_first_process(lambda: _remove_outdated(read, path))
     if not on_first_process(lambda: _copy(read, path)):

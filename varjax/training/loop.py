@@ -84,9 +84,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
                 say(f"{run_dir} is finished\n{results_table(finished.metrics)}")
             return finished.metrics
         stack.enter_context(profiler)
-        run, state = start_run(
-            experiment, setup, stack, checkpoints, profiler, goodput, watchdog, report
-        )
+        run, state = start_run(setup, stack, checkpoints, profiler, goodput, watchdog, report)
         return take_steps(run, state)
 
 

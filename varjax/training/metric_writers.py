@@ -107,7 +107,8 @@ class MetricWriter:
             self._scalar_writers, self._picture_writers = [board], [board, previews]
             if in_bucket(run_dir):
                 uploads = BackgroundWriter(
-                    f"the upload of {METRICS_FILE}", lambda _: _Uploads(self._upload)
+                    f"the upload of {METRICS_FILE}",
+                    lambda _: _Uploads(lambda: self._upload(UPLOAD_SECONDS)),
                 )
                 self._scalar_writers.append(uploads)
             if wandb:
@@ -189,24 +190,22 @@ class MetricWriter:
         for watcher in self._picture_writers:
             watcher.picture(step, name, picture_HWC)
 
-    def _upload(self) -> None:
+    def _upload(self, every: float = 0.0) -> None:
         with self._upload_lock:
-            self._mirror.upload()
+            self._mirror.upload(every)
 
     def _failure(self, error: OSError) -> StorageError:
         return StorageError(f"writing {self._run_dir}/{METRICS_FILE} failed: {error}")
 
 
 class _Uploads:
-    """Uploads metrics.jsonl to a bucket, once a minute."""
+    """Calls `upload` after each line, in the background."""
 
     def __init__(self, upload: Callable[[], None]):
-        self._upload, self._uploaded = upload, time.monotonic()
+        self._upload = upload
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
-            self._upload()
-            self._uploaded = time.monotonic()
+        self._upload()
 
     def picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
         pass

@@ -132,7 +132,7 @@ def write_config(experiment: Experiment, plan: Plan | None = None) -> None:
         experiment: settings of the run, which `check_config` accepts.
         plan: length of the run in these settings, which is written as well.
     """
-    path, config = as_path(experiment.run_dir) / "config.json", _settings(experiment)
+    path, config = as_path(experiment.run_dir) / "config.json", config_tree.to_dict(experiment)
     if files.exists(path):
         before = files.read_json(path)
         config |= {name: before[name] for name in (*ORIGIN, "license") if name in before}
@@ -178,16 +178,12 @@ def _config_differences(
     experiment: Experiment, before: dict[str, Any], changeable: Sequence[str]
 ) -> list[str]:
     """Lists how an experiment's settings differ from those in a run's config.json."""
-    now = _settings(experiment)
+    now = config_tree.to_dict(experiment)
     _drop_new_defaults(now, experiment, before)
     for name in ("plan", "license", *changeable):
         _drop(before, name)
         _drop(now, name)
     return sorted(differences(before, now, "in the run", "in the config"))
-
-
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    return config_tree.to_dict(experiment)
 
 
 def check_or_write_data(experiment: Experiment) -> None:

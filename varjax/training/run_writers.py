@@ -69,15 +69,12 @@ class TensorBoardWriter:
                 log = SessionLog(status=SessionLog.START)
                 self._write(Event(step=purge_step, session_log=log))
             self._file.flush()
-        self._uploaded = time.monotonic()
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._write(Event(step=step, summary=summary.scalar(name, value)))
         self._file.flush()  # so that an error shows now, not some entries later
-        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
-            self._mirror.upload()
-            self._uploaded = time.monotonic()
+        self._mirror.upload(UPLOAD_SECONDS)
 
     def picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
         picture = summary.image(name, picture_HWC, dataformats="HWC")

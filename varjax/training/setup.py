@@ -66,14 +66,12 @@ class Setup:
 
     Attributes:
         experiment: settings of the run, on the tokenizer of `init_from` where that applies.
-        task: task to train.
         plan: length of the run.
         loader: loader of this process's rows.
         mesh: mesh of all devices.
     """
 
     experiment: Experiment
-    task: Task
     plan: Plan
     loader: Loader
     mesh: Mesh
@@ -104,7 +102,7 @@ def set_up(experiment: Experiment) -> Setup:
         notes += passes_notes(plan, len(loader.train_source), ema, adversarial)
     for note in notes if jax.process_index() == 0 else ():
         say(f"note: {note}")
-    return Setup(experiment, task, plan, loader, mesh)
+    return Setup(experiment, plan, loader, mesh)
 
 
 def with_starting_tokenizer(experiment: Experiment) -> Experiment:
@@ -259,7 +257,6 @@ class Run:
 
 
 def start_run(
-    experiment: Experiment,
     setup: Setup,
     stack: contextlib.ExitStack,
     checkpoints: Checkpoints,
@@ -271,8 +268,7 @@ def start_run(
     """Reads or makes the first state of this start, and opens everything that the run writes.
 
     Args:
-        experiment: settings of the run.
-        setup: task, plan, data and mesh.
+        setup: settings, plan, data and mesh.
         stack: closes what is opened here.
         checkpoints: checkpoints of the run.
         profiler: traces some steps.
@@ -280,7 +276,8 @@ def start_run(
         watchdog: ends a run without progress.
         report: file of the errors of this process.
     """
-    task, plan, loader, mesh = setup.task, setup.plan, setup.loader, setup.mesh
+    experiment, plan, loader, mesh = setup.experiment, setup.plan, setup.loader, setup.mesh
+    task = experiment.task
     run_dir, main = as_path(experiment.run_dir), jax.process_index() == 0
     init_key, train_key = jax.random.split(jax.random.key(experiment.seed))
 
@@ -295,11 +292,11 @@ def start_run(
     if main and (note := replicated_parameters_note(abstract.params, mesh)):
         say(note)
     read = functools.partial(first_frozen_weights, experiment)
-    frozen = frozen_weights(task, run_dir, bound=bool(checkpoints.steps()), read=read)
+    frozen = frozen_weights(read, run_dir, bound=bool(checkpoints.steps()))
     check_latents(task, frozen, loader.tokenizer_identity)
     frozen = put(frozen, shardings(frozen, mesh))
 
-    evaluator, fid = make_evaluators(experiment, setup, abstract, frozen, compiling)
+    evaluator, fid = make_evaluators(setup, abstract, frozen, compiling)
     if fid is not None:
         fid.read_reference()
 
@@ -310,7 +307,7 @@ def start_run(
         state, meta = restored
         loop_state = LoopState.from_meta(meta, experiment.keep_best, best_settings)
     else:
-        state = first_state(experiment, setup, abstract, init_key, placement)
+        state = first_state(setup, abstract, init_key, placement)
     start = int(state.step)
     on_first_process(lambda: write_config(experiment, plan))
 
@@ -383,7 +380,6 @@ def start_run(
 
 
 def make_evaluators(
-    experiment: Experiment,
     setup: Setup,
     abstract: TrainState,
     frozen: PyTree,
@@ -392,8 +388,7 @@ def make_evaluators(
     """Makes what evaluates a run; FID's is None if the run does not measure it.
 
     Args:
-        experiment: settings of the run.
-        setup: task, data and mesh.
+        setup: settings, data and mesh.
         abstract: shapes of the train state.
         frozen: the task's pretrained weights, on the mesh.
         compiling: function of a computation's name that makes a context for its first use.
@@ -401,7 +396,8 @@ def make_evaluators(
     Raises:
         InputError: FID cannot be measured, or `keep_best` names a metric that an evaluation lacks.
     """
-    task, mesh, batch_size = setup.task, setup.mesh, experiment.batch_size
+    experiment, mesh = setup.experiment, setup.mesh
+    task, batch_size = experiment.task, experiment.batch_size
     evaluator = Evaluator(task, setup.loader, frozen, mesh, batch_size, compiling)
     names, fid = evaluator.metric_names(abstract), None
     if experiment.fid.every:
@@ -423,17 +419,12 @@ def make_evaluators(
 
 
 def first_state(
-    experiment: Experiment,
-    setup: Setup,
-    abstract: TrainState,
-    key: jax.Array,
-    placement: TrainState,
+    setup: Setup, abstract: TrainState, key: jax.Array, placement: TrainState
 ) -> TrainState:
     """Makes the state with which a run starts that has no checkpoint: another run's, or a new one.
 
     Args:
-        experiment: settings of the run, with `fork_from` and `init_from`.
-        setup: task and plan.
+        setup: settings, with `fork_from` and `init_from`, and plan.
         abstract: shapes of the state.
         key: random key for new parameters.
         placement: a sharding for each array of the state.
@@ -441,8 +432,9 @@ def first_state(
     Raises:
         InputError: the other run's state or parameters cannot be used.
     """
+    experiment = setup.experiment
     if not experiment.fork_from:
-        return warm_start_state(setup.task, experiment.init_from, key, placement)
+        return warm_start_state(experiment.task, experiment.init_from, key, placement)
     state = forked_state(experiment.fork_from, abstract, placement)
     if (start := int(state.step)) >= setup.plan.steps:
         raise InputError(
