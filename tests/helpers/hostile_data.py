@@ -1,12 +1,13 @@
 """Makes untrusted data that demand too much memory or time: arrays, JSON, runs, checkpoints.
 
-The first part of a name is its reader, as in `hostile_files`: npz, npy, json, run, bucket, orbax.
+The first part of a name is its reader, as in `hostile_files`: npz, json, run, bucket, orbax.
 """
 
 import json
 import pathlib
 import shutil
 import struct
+import types
 import zipfile
 from collections.abc import Iterator
 
@@ -14,6 +15,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+
+from varjax.checkpoints.fingerprint import dtype_and_shape
+from varjax.checkpoints.saved_steps import make_record
+from varjax.storage import checksums
 
 STEP = 5  # of each checkpoint
 NESTED = "[" * 10**6
@@ -122,8 +127,16 @@ def write_checkpoint(folder: pathlib.Path) -> None:
     tree = {"a": {"kernel": jax.random.normal(jax.random.key(0), (8, 16))}}
     handlers = {"params": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
-        items = {"params": ocp.args.StandardSave(tree), "meta": ocp.args.JsonSave({"x": 1})}
+        record = make_record(STEP, {"x": 1}, {"params": tree})
+        items = {"params": ocp.args.StandardSave(tree), "meta": ocp.args.JsonSave(record)}
         checkpointer.save(folder.absolute() / str(STEP), args=ocp.args.Composite(**items))
+
+
+def forge_record(path: pathlib.Path, claim: str) -> None:
+    """Makes the record of a checkpoint agree with a false claim about its array."""
+    record = checksums.unseal(json.loads(path.read_text()), path)
+    record["arrays"]["params"]["a/kernel"] = f"{claim} 0"
+    path.write_text(json.dumps(checksums.seal(record)))
 
 
 def checkpoints(good: pathlib.Path, path: pathlib.Path) -> Iterator[str]:
@@ -146,8 +159,10 @@ def checkpoints(good: pathlib.Path, path: pathlib.Path) -> Iterator[str]:
         step = begin()
         base = f"file://{step / 'params'}/"
         store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        header = json.loads(store["a.kernel/.zarray"])
-        store["a.kernel/.zarray"] = b"" if change is None else json.dumps(header | change).encode()
+        header = json.loads(store["a.kernel/.zarray"]) | (change or {})
+        store["a.kernel/.zarray"] = b"" if change is None else json.dumps(header).encode()
+        leaf = types.SimpleNamespace(shape=header["shape"], dtype=header["dtype"])
+        forge_record(step / "meta/metadata", dtype_and_shape(leaf))
         yield f"array.{name}"
     for file in ("params/_METADATA", "params/array_metadatas/process_0", "params/_sharding"):
         for name, text in BROKEN_JSON.items():
@@ -169,7 +184,6 @@ def checkpoints(good: pathlib.Path, path: pathlib.Path) -> Iterator[str]:
 def write_data(folder: pathlib.Path) -> None:
     """Writes all hostile data, and valid data of each kind."""
     np.savez(folder / "good.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8), labels=np.arange(3))
-    np.save(folder / "good.npy", np.zeros((3, 8, 8, 3)))
     (folder / "good.json").write_text('{"a": 1}')
     (folder / "good.bucket").write_text('["a.txt", "b/c.txt"]')
     task = '{"_type": "VARTask", "model": {}, "sampling": {}}'
@@ -177,8 +191,6 @@ def write_data(folder: pathlib.Path) -> None:
     write_run(folder / "good.run", config, b'{"step": 1, "loss": 2.5}\n')
     write_checkpoint(folder / "good.orbax")
 
-    for name, array in arrays():
-        (folder / f"npy.{name}.npy").write_bytes(array)
     path = folder / "npz"
     for name in npz_files(path):
         (folder / f"npz.{name}.npz").write_bytes(path.read_bytes())

@@ -38,11 +38,11 @@ from varjax.metrics.image_sets import open_image_set, parts_of
 from varjax.storage import files, read_errors
 from varjax.storage.image_files import DECODING_BYTES, decode_file
 from varjax.storage.image_io import read_image
-from varjax.storage.npz import NpzArchive, map_npy
+from varjax.storage.npz import NpzArchive
 from varjax.storage.untrusted import MAX_PIXELS, bytes_on_disk
 
 ROOM, RATIO = 2**27, 16  # bytes of memory for reading: in any case, and per byte of the file
-DATA = {"npz", "npy", "json", "run", "bucket", "orbax"}
+DATA = {"npz", "json", "run", "bucket", "orbax"}
 OPTIONS = {
     "var": dict(),
     "tokenizer": dict(groups=4, scales=(1, 2)),
@@ -68,8 +68,6 @@ def read_data(kind: str, path: pathlib.Path) -> None:
             images = open_image_set(path)
             for _ in images.parts(parts_of(images.shape[0])):
                 pass
-        case "npy":
-            map_npy(path).sum()
         case "json":
             files.read_json(path)
         case "run":

@@ -1,8 +1,7 @@
 """Lists checkpoints on a disk or in a bucket, and reads and verifies them.
 
 Each step is saved with a record, the item "meta": the caller's JSON data, the number of the step,
-and a fingerprint of each array as it was in memory. Steps of older versions have only the caller's
-data, and are read without verification.
+and a fingerprint of each array as it was in memory.
 """
 
 import contextlib
@@ -36,7 +35,6 @@ from varjax.storage.buckets import absolute, in_bucket
 from varjax.trees import PyTree
 
 STATE_TREES = ("params", "ema", "opt_state")
-RECORD_KEYS = {"step", "meta", "arrays", checksums.SEAL}
 MAX_DELETED = 20  # steps that the run may delete before they are read
 T = TypeVar("T")
 
@@ -141,10 +139,7 @@ class SavedSteps:
 
     def record(self, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the content of a step's file `meta/metadata`, with new data of the caller."""
-        record = self._record(step)
-        if not record["arrays"]:  # written by an older version
-            return dict(meta)
-        return checksums.seal(record | {"meta": dict(meta)})
+        return checksums.seal(self._record(step) | {"meta": dict(meta)})
 
     def arrays(
         self, step: int, abstract: dict[str, PyTree], shardings: dict[str, Any]
@@ -214,14 +209,12 @@ class SavedSteps:
         return read
 
     def _record(self, step: int) -> dict[str, Any]:
-        """Reads {"meta", "arrays"}; "arrays" is empty for a step of an older version."""
+        """Reads what `make_record` made."""
 
         def read() -> dict[str, Any]:
             path = self.directory / str(step)
             items = ocp.args.Composite(meta=ocp.args.JsonRestore())
             record = self._checkpointer.restore(path, args=items)["meta"]
-            if not isinstance(record, dict) or not RECORD_KEYS & record.keys():
-                return {"meta": record, "arrays": {}}
             record = checksums.unseal(record, path / "meta")
             if record["step"] != step:
                 raise DamagedFileError(f"{path / 'meta'} belongs to step {record['step']}")
@@ -239,7 +232,7 @@ class SavedSteps:
             self._check_description(step, name, tree, recorded)
             if report := trees.difference(abstract[name], tree):
                 raise MismatchError(f"{path} has different {name} than this config:\n{report}")
-        if recorded and abstract["opt_state"] is not None:
+        if abstract["opt_state"] is not None:
             leaves = trees.paths(abstract["opt_state"])
             expected = {name: dtype_and_shape(x) for name, x in leaves.items()}
             stored = {p: text.split()[0] for p, text in recorded.get("opt_state", {}).items()}
@@ -256,7 +249,7 @@ class SavedSteps:
         """Raises DamagedFileError if the arrays that Orbax describes differ from the record."""
         described = {path: dtype_and_shape(leaf) for path, leaf in trees.paths(tree).items()}
         saved = {path: text.split()[0] for path, text in recorded.get(name, {}).items()}
-        if recorded and described != saved:
+        if described != saved:
             raise DamagedFileError(
                 f"{self.directory / str(step) / name} is damaged: its metadata do not match"
             )
@@ -277,8 +270,8 @@ class SavedSteps:
             )
 
     def _compare(self, step: int, actual: dict[str, Any], recorded: dict[str, Any]) -> None:
-        """Raises DamagedFileError if fingerprints differ from the record, if there is one."""
-        for name in actual if recorded else ():
+        """Raises DamagedFileError if fingerprints differ from the record."""
+        for name in actual:
             saved = recorded.get(name, {})
             if changed := sorted(p for p, text in actual[name].items() if saved.get(p) != text):
                 raise DamagedFileError(

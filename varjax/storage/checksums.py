@@ -44,12 +44,12 @@ def seal(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unseal(data: Any, name: object) -> dict[str, Any]:
-    """Removes the checksum that `seal` added; raises DamagedFileError if it does not match."""
+    """Removes the checksum that `seal` added; raises DamagedFileError if it differs."""
     if not isinstance(data, dict):
         raise DamagedFileError(f"{name} is not a JSON object")
     content = {key: value for key, value in data.items() if key != SEAL}
     if data.get(SEAL) != _json_checksum(content):
-        raise DamagedFileError(f"{name} is damaged: its checksum does not match")
+        raise DamagedFileError(f"{name} is damaged: its checksum is missing or does not match")
     return content
 
 
