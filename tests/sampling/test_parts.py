@@ -52,13 +52,3 @@ def test_damage_found_while_finishing_stops_the_command_and_a_rerun_repairs_it(t
     assert [begun(path, []).has(part) for part in PARTS] == [True, False, True]
     begun(path, PARTS[1:2]).finish()
     assert path.read_bytes() == whole
-
-
-def test_parts_written_by_an_older_version_are_reused(tmp_path, whole):
-    path = tmp_path / "a.npz"
-    begun(path, [])
-    for part in PARTS[:2]:
-        np.save(parts_folder(path) / f"{part.start:09d}.npy", IMAGES_NHWC[part.start : part.stop])
-    assert [begun(path, []).has(part) for part in PARTS] == [True, True, False]
-    begun(path, PARTS[2:]).finish()
-    assert path.read_bytes() == whole

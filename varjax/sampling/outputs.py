@@ -23,13 +23,12 @@ from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.captioned_grid import MOST_PIXELS
 from varjax.storage.folders import check_writable, remove_work_folder
 from varjax.storage.image_io import grid_size
-from varjax.storage.npz import map_npy, read_zip_text
+from varjax.storage.npz import read_zip_text
 from varjax.storage.picture_text import image_text
 from varjax.storage.safetensors_io import read_safetensors
 from varjax.storage.untrusted import parse_json
 
 REQUEST, PART_SUFFIX = "request.json", ".safetensors"
-OLD_SUFFIX = ".npy"  # parts written by an older version, without checksums
 FILM_SUFFIXES = (".gif", ".webp")
 FILE_SUFFIXES = (".png", ".npz", *FILM_SUFFIXES)  # a grid, images, animations
 REFUSED_SUFFIXES = (".jpg", ".jpeg", ".npy", ".json")
@@ -292,8 +291,6 @@ class NpzOutput:
         if self._path.exists():
             return True
         file = self._file(part.start)
-        if file.with_suffix(OLD_SUFFIX).exists():
-            return True
         # Parts in a bucket are not read back until all of them exist.
         return file.exists() if in_bucket(file) else folders.read_or_remove(file) is not None
 
@@ -314,10 +311,7 @@ class NpzOutput:
         self._check_parts(parts)
 
         def part_NHWC(start: int) -> np.ndarray:
-            path = parts / self._file(start).name
-            if (old := path.with_suffix(OLD_SUFFIX)).exists():
-                return map_npy(old)
-            return read_safetensors(path)[0]["image_NHWC"]
+            return read_safetensors(parts / self._file(start).name)[0]["image_NHWC"]
 
         size, H, W, _ = part_NHWC(0).shape
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(order_N), H, W, 3)}

@@ -124,18 +124,6 @@ class NpzArchive:
             yield archive
 
 
-def map_npy(path: str | os.PathLike) -> np.ndarray:
-    """Maps an .npy file, which is read when it is used; raises the errors of `NpzArchive`."""
-    with (
-        _errors_naming(path, "an .npy"),
-        open(path, "rb", opener=open_regular_file) as file,
-    ):
-        start, shape, fortran, dtype = _read_header(file, "it")
-        size = os.fstat(file.fileno()).st_size - start
-        shape, dtype, fortran = _checked("it", size, shape, fortran, dtype)
-        return np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C")
-
-
 def read_zip_text(file: IO[bytes], name: str) -> str:
     """Reads a text file in a zip file, which may be in a bucket.
 
