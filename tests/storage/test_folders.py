@@ -74,18 +74,6 @@ def test_a_folder_is_reused_only_for_the_same_request(tmp_path):
         folders.claim_folder(out / "request.json", "request.json", request)
 
 
-def test_a_request_of_an_older_version_without_model_config_is_continued():
-    new = {"seed": 0, "samples": {"count": 4, "model_config": "a"}, "model_config": "a"}
-    old = {"seed": 0, "samples": {"count": 4}}
-    folders.check_same_request("x", old, new)
-    folders.check_same_request("x", new, new)
-    for changed in (new | {"model_config": "b"}, new | {"samples": old["samples"]}):
-        with pytest.raises(InputError, match="model_config"):
-            folders.check_same_request("x", new, changed)
-    with pytest.raises(InputError, match="seed: 0 there, 1 requested"):
-        folders.check_same_request("x", old, new | {"seed": 1})
-
-
 def test_claiming_waits_for_a_request_file_that_is_not_listed_yet(tmp_path, monkeypatch):
     """A network disk may list the files of another machine before their request file."""
     monkeypatch.setattr(folders, "LISTING_SECONDS", 10.0)

@@ -29,8 +29,6 @@ from varjax.storage.files import (
 # Twenty folders with two links to the next have a million paths.
 MAX_VISITS = 64
 LOCK_FILE = ".lock"
-# Recorded by this version, but not by older ones, whose outputs are continued all the same.
-LATER_NAMES = frozenset({"model_config"})
 LISTING_SECONDS = 5.0  # until a network disk lists files of another machine
 
 
@@ -200,31 +198,14 @@ def names_in(folder: pathlib.Path) -> set[str]:
 def check_same_request(
     path: str | os.PathLike, existing: Mapping[str, Any], requested: Mapping[str, Any]
 ) -> None:
-    """Raises InputError with all differences if `path` was made for another request.
-
-    `LATER_NAMES` are compared only where `existing` has them.
-    """
+    """Raises InputError with all differences if `path` was made for another request."""
     requested = json.loads(json.dumps(requested))  # without tuples, like `existing` from a file
-    requested = _without_later_names(requested, existing)
     if lines := untrusted.differences(existing, requested, "there", "requested"):
         raise InputError(
             f"{path} was made with other settings, or from files that have since changed:\n  "
             + "\n  ".join(lines)
             + "\nUse the same settings to continue it, delete it, or choose another output"
         )
-
-
-def _without_later_names(
-    requested: Mapping[str, Any], existing: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns a request without the later names that a record lacks, at any depth."""
-    known = {n: x for n, x in requested.items() if n not in LATER_NAMES or n in existing}
-    return {
-        name: _without_later_names(value, existing[name])
-        if isinstance(value, dict) and isinstance(existing.get(name), dict)
-        else value
-        for name, value in known.items()
-    }
 
 
 def _open_locked(folder: pathlib.Path, wait: bool) -> int:
