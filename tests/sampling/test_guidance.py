@@ -1,12 +1,8 @@
-import json
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import varjax
 from tests.helpers import runs
 from varjax.cli.sample import main
 from varjax.config import config_tree
@@ -64,30 +60,3 @@ def test_the_error_for_a_cfg_flag_depends_on_the_model_family(tmp_path, capsys):
     arguments = [f"--weights={runs.untrained_var()}", f"--out={tmp_path / 'a.png'}", "--cfg=0.5"]
     assert main(arguments) == 1
     assert "cfg=0.5: write guidance=1.5, for guidance is VAR's cfg + 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("kind", "stored", "expected"),
-    [
-        (VAROptions, {"cfg": 1.5, "top_k": 900}, VAROptions(guidance=2.5)),
-        (VAROptions, {"cfg": 0, "top_k": 900}, VAROptions(guidance=1.0)),
-        (
-            MAROptions,
-            {"cfg": 3.2, "cfg_schedule": "constant"},
-            MAROptions(guidance=3.2, guidance_schedule="constant"),
-        ),
-    ],
-)
-def test_configs_with_cfg_can_be_read(kind, stored, expected):
-    assert config_tree.from_dict(kind, stored) == expected
-
-
-@pytest.mark.slow
-def test_a_run_with_cfg_can_be_loaded(tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(runs.var(), run)
-    config = json.loads((run / "config.json").read_text())
-    sampling = config["task"]["sampling"]
-    sampling["cfg"] = sampling.pop("guidance") - 1
-    (run / "config.json").write_text(json.dumps(config))
-    assert varjax.load(run).options() == varjax.load(runs.var()).options()

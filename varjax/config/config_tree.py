@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, Union
 
 from varjax.config.numbers import FLOAT32_MAX, INT32_MAX, UINT32_MAX
-from varjax.config.renamed import current_fields, renamed_message
+from varjax.config.renamed import renamed_message
 from varjax.errors import InputError, did_you_mean
 from varjax.storage.untrusted import shown
 
@@ -189,7 +189,6 @@ def _build_dataclass(cls: type, data: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     values = {name: value for name, value in data.items() if name != "_type"}
-    values = current_fields(cls, values)
     if unknown := sorted(values.keys() - known):
         raise InputError(f"{path} has no field {shown(unknown)}; its fields are {sorted(known)}")
     built = {name: _build(hints[name], value, f"{path}.{name}") for name, value in values.items()}

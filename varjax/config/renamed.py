@@ -1,4 +1,4 @@
-"""Handles former names of config fields: old files are read, command lines get the new name.
+"""Tells users of former names of config fields what to write instead.
 
 guidance: float = field(default=2.5, metadata={"renamed": Renamed("cfg", plus=1)})
 """
@@ -21,15 +21,6 @@ class Renamed:
     name: str
     plus: float = 0.0
     reason: str = ""
-
-
-def current_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values of a dataclass's fields, with former names replaced by present ones."""
-    values = dict(values)
-    for new, renamed in _renamed_fields(cls).items():
-        if renamed.name in values and new not in values:
-            values[new] = _new_value(renamed, values.pop(renamed.name))
-    return values
 
 
 def renamed_message(cls: type, name: str, value: Any) -> str | None:
