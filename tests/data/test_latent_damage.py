@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from varjax.data import latents
 from varjax.data.latent_shards import CHECKSUM_NAME, LatentShard
 from varjax.data.latents import CachedLatents, LatentTransform
 from varjax.errors import DamagedFileError, InputError
@@ -104,13 +103,10 @@ def test_a_shard_replaced_by_another_one_is_detected(tmp_path):
         read(tmp_path)
 
 
-def test_files_of_older_versions_are_read_without_checksums(tmp_path, monkeypatch):
+def test_a_file_without_checksums_is_refused(tmp_path):
     train, _ = write(tmp_path)
-    expected = read(tmp_path)
     arrays = dict(files.read_tensors(train)[0])
     assert arrays.pop(CHECKSUM_NAME).shape == (N, U)
     files.write_tensors(train, {name: np.array(x) for name, x in arrays.items()}, {})
-    monkeypatch.setattr(
-        latents, "latents_checksum", lambda *_: pytest.fail("no checksum to compare")
-    )
-    assert all(map(same, read(tmp_path), expected))
+    with pytest.raises(InputError, match=f"{train.name}: checksum_NU is missing, .* make it again"):
+        read(tmp_path)

@@ -42,7 +42,7 @@ from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.runtime.distributed import add_process_flags, connect_by_flags
 from varjax.runtime.first_call import FirstCall, announce_compilation
-from varjax.storage import files, folders
+from varjax.storage import folders
 from varjax.storage.buckets import as_path
 from varjax.tokenizers.contract import Tokenizer
 from varjax.trees import PyTree
@@ -144,11 +144,9 @@ def cache_latents(
         "images": images,
         "augmentations": {"train": augmentations, "held_out": 1},
         "shards": {split: _shards(images, split, shards) for split in images},
+        "pixels": pixels,
     }
     path = as_path(out)
-    # Latents of older versions lack this entry.
-    if not (path / ABOUT_FILE).exists() or "pixels" in files.read_json(path / ABOUT_FILE):
-        about["pixels"] = pixels
     folders.claim_folder(path, ABOUT_FILE, about)
     all_shards = LatentShard.all(path, about)
     lines = []

@@ -171,8 +171,7 @@ class LatentSource:
             }
             expected |= {"valid_N": ((count,), np.dtype(bool))}
             expected |= {"label_N": ((count,), shard.get("label_N", np.zeros(0, int)).dtype)}
-            if CHECKSUM_NAME in shard:  # files of older versions have none
-                expected |= {CHECKSUM_NAME: ((count, U), np.dtype(np.uint64))}
+            expected |= {CHECKSUM_NAME: ((count, U), np.dtype(np.uint64))}
             kinds = {name: (array.shape, array.dtype) for name, array in shard.items()}
             for name, (shape, dtype) in expected.items():
                 if kinds.get(name) != (shape, dtype):
@@ -193,8 +192,6 @@ class LatentSource:
         latents = {name: arrays[stored_name(name)][row] for name in self.spec}
 
         def check(u: int) -> None:
-            if CHECKSUM_NAME not in arrays:
-                return
             stored = [array[u] for array in latents.values()]
             checksum = latents_checksum(self.split, index, u, label, valid, stored)
             if checksum != arrays[CHECKSUM_NAME][row, u]:
