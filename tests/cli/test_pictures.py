@@ -66,9 +66,9 @@ def model(monkeypatch):
 
     for module in (pictures, sample):
         monkeypatch.setattr(module, "load", load)
+        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(pictures, "open_model", lambda weights: weights)
     monkeypatch.setattr(pictures, "family_of", lambda weights: models.FAMILIES[0])
-    monkeypatch.setattr(sample, "use_compilation_cache", lambda: None)
     pixels = np.random.default_rng(0).integers(0, 256, (*SHAPE[:2], 3), np.uint8)
     Image.fromarray(pixels).save("photo.png")
     Image.fromarray(pixels[:17, :24]).save("small.png")

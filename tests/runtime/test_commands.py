@@ -1,6 +1,7 @@
 """Tests exit codes and messages of commands."""
 
 import errno
+import logging
 import os
 import sys
 
@@ -80,6 +81,12 @@ def test_exit_codes(capsys):
     assert run_command("x", fail(InputError("a=1: must be 2"))) == 1
     assert run_command("x", fail(KeyboardInterrupt()), interrupted="stopped") == 130
     assert capsys.readouterr().err == "x: a=1: must be 2\nx: stopped\n"
+
+
+def test_details_that_orbax_logs_are_not_printed(caplog):
+    caplog.set_level(logging.INFO, "absl")
+    assert run_command("x", lambda: logging.getLogger("absl").error("parsed no metadata")) == 0
+    assert not caplog.records
 
 
 SLOW_TO_COMPILE = """

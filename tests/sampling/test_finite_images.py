@@ -31,7 +31,6 @@ def model(monkeypatch):
     monkeypatch.setattr(pictures, "open_model", lambda weights: weights)
     for module in (sample, pictures, evaluation):
         monkeypatch.setattr(module, "load", lambda *_, **__: found)
-    for module in (sample, edit, evaluation):
         monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
     return found
 

@@ -8,7 +8,6 @@ take the model's default values.
 """
 
 import argparse
-import logging
 from typing import Literal, get_args
 
 import numpy as np
@@ -23,7 +22,6 @@ from varjax.cli.pictures import (
 )
 from varjax.errors import InputError
 from varjax.runtime.commands import command_parser, run_command
-from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.sampling.edit_masks import box_mask, mask_tokens, read_mask
 from varjax.sampling.paste import paste
 from varjax.storage import image_io
@@ -139,6 +137,4 @@ def _check_combination(flags: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs internal details
-    use_compilation_cache()
     return run_command("varjax edit", lambda: edit_image(arguments))

@@ -21,6 +21,7 @@ from varjax.cli.sample import (
 )
 from varjax.errors import InputError
 from varjax.models import family_of, load, open_model, option_classes
+from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.runtime.first_call import FirstCall, announce_compilation
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.grid_output import PictureWords, name_in_title
@@ -114,6 +115,7 @@ def open_request(
                 f"out={flags.out} is also the {name}, which would be overwritten; give another out"
             )
     picture = image_io.open_image(flags.image)
+    use_compilation_cache()
     weights = open_model(flags.weights)
     if command != "edit" and not family_of(weights).keeps_scales:
         raise InputError(f"only a model that draws scale by scale (VAR) can {command} an image")

@@ -6,14 +6,11 @@ The coarse scales come from the picture, the finer ones are drawn. The output sh
 enlarged without a model, and the results.
 """
 
-import logging
-
 import numpy as np
 
 from varjax.cli.pictures import add_picture_flags, draw_results, open_request, write_results
 from varjax.errors import InputError
 from varjax.runtime.commands import command_parser, run_command
-from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.storage import image_io
 
 
@@ -70,6 +67,4 @@ def small_size(size: tuple[int, int], model_size: tuple[int, int]) -> tuple[int,
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs internal details
-    use_compilation_cache()
     return run_command("varjax upscale", lambda: upscale_image(arguments))

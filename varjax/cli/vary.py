@@ -6,8 +6,6 @@ The output shows the original and the results. Options that you leave out take t
 values.
 """
 
-import logging
-
 from varjax.cli.pictures import (
     add_picture_flags,
     draw_results,
@@ -16,7 +14,6 @@ from varjax.cli.pictures import (
     write_results,
 )
 from varjax.runtime.commands import command_parser, run_command
-from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.storage import image_io
 
 
@@ -46,6 +43,4 @@ def vary_image(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs internal details
-    use_compilation_cache()
     return run_command("varjax vary", lambda: vary_image(arguments))

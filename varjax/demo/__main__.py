@@ -9,7 +9,6 @@ pip install ".[demo]" in the folder of varjax.
 
 import argparse
 import importlib
-import logging
 import os
 import pathlib
 import sys
@@ -114,7 +113,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs internal details
     return run_command("varjax demo", lambda: open_demo(arguments), interrupted="stopped")
 
 

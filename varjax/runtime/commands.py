@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import faulthandler
 import io
+import logging
 import os
 import select
 import signal
@@ -76,6 +77,8 @@ def run_command(
     if not faulthandler.is_enabled():
         with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is not a file
             faulthandler.enable()
+    # Orbax logs internal details, and errors that it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         image_limits()  # refuses an invalid environment variable now, not at the first image
         code = action()

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 import pathlib
 import sys
@@ -181,8 +180,6 @@ def run_on_processes(name: str, action: Callable[[], object], debug: bool = Fals
         action: function that does the work; see `run_command`.
         debug: whether to print the traceback of an InputError.
     """
-    # Orbax logs internal details, and errors that it also raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     before = set(threading.enumerate())
     try:
         code = run_command(name, action, debug)
