@@ -90,7 +90,7 @@ def test_depth_and_widths_follow_from_the_image_size(size, widths):
         (["--data=folder:images", "--size=32"], "the data have one class"),
         (["--data=random", "--size=300"], "the images have 300x300 pixels; allowed are sides from"),
         (["--data=folder:images"], "size is missing: data=folder:images needs it"),
-        (["--data=latents:somewhere"], "holds latents; give images"),
+        (["--data=latents:somewhere"], "holds latents, but images are needed"),
         (["--data=digits", "--steps=0"], "steps=0: must be 1 or more"),
         (["--data=digits", "--seed=-1"], "seed=-1: must be 0 or more"),
         (["--data=digits", "--out=."], "which would be lost; choose another folder"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from varjax.data.sources import CachedLatents, dataset_of_command
+from varjax.data.sources import dataset_of_command
 from varjax.data.stream import Split
 from varjax.data.transforms import Crop
 from varjax.errors import InputError
@@ -87,10 +87,7 @@ def check_reference(reference: str, split: str | None, crop: str | None) -> None
 def dataset_of(settings: EvaluationSettings, image_shape: tuple[int, ...]) -> Any:
     """Returns the reference's dataset with images of a size; see `dataset_of_command`."""
     H, W, channels = image_shape
-    data = dataset_of_command(settings.reference, (H, W), channels, settings.crop)
-    if isinstance(data, CachedLatents):
-        raise InputError(f"reference={settings.reference} holds latents; give images")
-    return data
+    return dataset_of_command(settings.reference, (H, W), channels, settings.crop)
 
 
 @functools.lru_cache(maxsize=1)

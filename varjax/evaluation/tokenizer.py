@@ -42,7 +42,7 @@ from tqdm import tqdm
 from varjax import trees
 from varjax.checkpoints.weights import WeightsDir
 from varjax.config import config_tree
-from varjax.data.sources import CachedLatents, Folder, dataset_of_command
+from varjax.data.sources import Folder, dataset_of_command
 from varjax.errors import InputError
 from varjax.evaluation.image_crop import (
     AUTO,
@@ -118,10 +118,6 @@ def evaluate_tokenizer(
     config, params = read_tokenizer(directory, ema)
     dataset_crop = choose_crop(crop, directory)
     images = dataset_of_command(data, config.image_shape[:2], config.image_channels, dataset_crop)
-    if isinstance(images, CachedLatents):
-        raise InputError(
-            f"{data} holds latents, but images are needed; give folder:…, idx:… or tfds:…"
-        )
     check_image_shape(config, images.image_shape)
     if isinstance(images, Folder):
         images.check_outside("out", out)

@@ -24,7 +24,7 @@ from varjax import trees
 from varjax.config.numbers import seed_number, whole_number
 from varjax.convert.weights_dir import check_weights_dir, write_weights
 from varjax.data.loader import make_loader
-from varjax.data.sources import CachedLatents, dataset_of_command
+from varjax.data.sources import dataset_of_command
 from varjax.data.stream import ImageDataset
 from varjax.errors import InputError
 from varjax.evaluation.image_crop import CROPS, describe_crop
@@ -208,8 +208,6 @@ def main(arguments: list[str]) -> int:
 
     def action() -> None:
         data = dataset_of_command(flags.data, flags.size, 3, CROPS[flags.crop])
-        if isinstance(data, CachedLatents):
-            raise InputError(f"data={flags.data} holds latents; give images")
         training = ClassifierTraining(flags.steps, flags.batch_size, flags.seed)
         name = " ".join(filter(None, (flags.data, describe_crop(flags.data, CROPS[flags.crop]))))
         use_compilation_cache()

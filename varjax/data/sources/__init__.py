@@ -56,7 +56,7 @@ def replaced_dataset(
 
 def dataset_of_command(
     text: str, size: int | tuple[int, int] | None, channels: int = 3, crop: Crop = "random"
-) -> CachedLatents | Digits | Folder | Idx | Noise | Photos | TFDS:
+) -> Digits | Folder | Idx | Noise | Photos | TFDS:
     """Makes the dataset of a command that measures images or learns from them.
 
     Args:
@@ -67,10 +67,15 @@ def dataset_of_command(
         crop: how photographs of other sizes are cropped.
 
     Raises:
-        InputError: there is no such dataset or field, or the command sets the field itself.
+        InputError: there is no such dataset or field, it has no images but latents, or the command
+            sets the field itself.
     """
     where, fields = _split_fields(text)
     data = parse_dataset(where, size, channels, crop)
+    if isinstance(data, CachedLatents):
+        raise InputError(
+            f"data={text} holds latents, but images are needed; give folder:…, idx:… or tfds:…"
+        )
     for name in sorted(SET_BY_COMMANDS & fields.keys()):
         raise InputError(
             f"{name}={fields[name]} in {text}: is set by the command, not in the dataset; see its "
