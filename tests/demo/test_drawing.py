@@ -1,6 +1,7 @@
 """Tests drawings of the demo against the command line and Python, and refused requests."""
 
 import argparse
+import dataclasses
 import io
 import os
 import shlex
@@ -82,6 +83,14 @@ def test_the_command_has_only_changed_options(model):
     assert drawing.changes == {"temperature": 0.5}
     assert "--temperature=0.5" in drawing.command() and "guidance" not in drawing.command()
     assert "--labels=none" in drawing.command()
+
+
+def test_the_command_line_and_the_snippet_keep_a_chosen_dtype(drawing):
+    assert "dtype" not in drawing.command() + drawing.snippet()
+    model = dataclasses.replace(drawing.model, dtype="float32")
+    chosen = dataclasses.replace(drawing, model=model)
+    assert "--dtype=float32" in shlex.split(chosen.command())
+    assert f"varjax.load({model.location!r}, dtype='float32')" in chosen.snippet()
 
 
 @pytest.mark.parametrize("smooth", [True, False])

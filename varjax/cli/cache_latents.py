@@ -94,9 +94,6 @@ def cache_latents(
     index, count = process
     seed_number("seed", seed)
     whole_number("shards", shards, 0, allowed="1 or more, or 0 to choose")
-    allowed = get_args(FloatDtype)
-    check_setting("dtype", dtype, dtype in (None, *allowed), " or ".join(allowed))
-    check_setting("process", index, 0 <= index < count, f"from 0 to {count - 1}")
     if isinstance(data, CachedLatents):
         raise InputError(
             f"the config's data are already latents, in {data.root}; use a dataset of images"

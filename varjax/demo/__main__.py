@@ -67,12 +67,10 @@ def open_demo_model(location: str, dtype: Dtype = "auto", lpips: PyTree | None =
     """
     weights = open_model(location)
     family = family_of(weights)
-    flags = () if dtype == "auto" else (f"--dtype={dtype}",)
-    argument = "" if dtype == "auto" else f", dtype={dtype!r}"
     sampler = load(weights, dtype)
     if lpips is not None:
         check_lpips_images(sampler.image_shape)
-    return DemoModel(location, sampler, flags, argument, family.keeps_scales, lpips)
+    return DemoModel(location, sampler, dtype, family.keeps_scales, lpips)
 
 
 def check_same_images(models: Sequence[DemoModel]) -> None:

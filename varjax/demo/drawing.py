@@ -16,6 +16,7 @@ import numpy as np
 from varjax.cli.captions import class_titles
 from varjax.config.numbers import seed_number, whole_number
 from varjax.errors import InputError
+from varjax.models import Dtype
 from varjax.runtime.hardware import device_memory
 from varjax.sampling.batch_size import fitting_batch_size
 from varjax.sampling.job import SamplingJob, sample_parts
@@ -40,16 +41,14 @@ class DemoModel:
     Attributes:
         location: run, directory or published name, as the command line gives it.
         sampler: model that draws.
-        flags: further flags of `varjax sample` that load it, such as --dtype=float32.
-        arguments: further arguments of `varjax.load` that load it, as Python.
+        dtype: dtype that the model was loaded with; see `varjax.load`.
         keeps_scales: whether the model draws scale by scale (VAR), and can vary and upscale images.
         lpips: parameters of LPIPS, by which reconstructions are compared; None to leave it out.
     """
 
     location: str
     sampler: Any  # a `Sampler`; of families that keep scales, with `vary` and `upscale`
-    flags: tuple[str, ...] = ()
-    arguments: str = ""
+    dtype: Dtype = "auto"
     keeps_scales: bool = False
     lpips: PyTree | None = None
 
@@ -109,10 +108,11 @@ class Drawing:
     def snippet(self) -> str:
         """Returns a Python program that draws the same images."""
         labels = self.job.label_N.tolist()
+        dtype = "" if self.model.dtype == "auto" else f", dtype={self.model.dtype!r}"
         given = "".join(f", {name}={value!r}" for name, value in self.changes.items())
         return (
             "import varjax\n\n"
-            f"model = varjax.load({self.model.location!r}{self.model.arguments})\n"
+            f"model = varjax.load({self.model.location!r}{dtype})\n"
             f"images_BHWC = model.sample({labels}, seed={self.seed}{given})\n"
             'varjax.save(images_BHWC, "samples.png")\n'
         )
@@ -137,7 +137,7 @@ class Drawing:
         ]
         return [
             f"--weights={self.model.location}",
-            *self.model.flags,
+            *([] if self.model.dtype == "auto" else [f"--dtype={self.model.dtype}"]),
             f"--labels={labels}",
             f"--count={self.count}",
             f"--seed={self.seed}",

@@ -92,21 +92,14 @@ class ConvNet(nn.Module):
     ) -> dict[str, jax.Array]:
         """Computes {"pool_BD", "logits_BV"}, float32; see `ConvNetConfig.outputs`."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        drop = [nn.Dropout(fraction, deterministic=dropout_key is None) for fraction in DROPOUT]
         # Full precision: TF32 or bfloat16 would change features from device to device.
         x_BHWC = image_BHWC.astype(jnp.float32) / 255 - 0.5
         for i, width in enumerate(self.config.widths):
             kernel = KERNEL if i else STEM_KERNEL
             convolution = nn.Conv(width, (kernel, kernel), 2, precision="highest", name=f"conv{i}")
             x_BHWC = nn.relu(convolution(x_BHWC))
-        flat_BD = _drop(x_BHWC.reshape(len(x_BHWC), -1), DROPOUT[0], keys[0])
+        flat_BD = drop[0](x_BHWC.reshape(len(x_BHWC), -1), rng=keys[0])
         pool_BD = nn.relu(nn.Dense(self.config.features, precision="highest", name="pool")(flat_BD))
         head = nn.Dense(self.config.classes, precision="highest", name="head")
-        return {"pool_BD": pool_BD, "logits_BV": head(_drop(pool_BD, DROPOUT[1], keys[1]))}
-
-
-def _drop(x_BD: jax.Array, fraction: float, key: jax.Array | None) -> jax.Array:
-    """Sets a fraction of the numbers to 0 and scales the others; without a key, returns all."""
-    if key is None:
-        return x_BD
-    keep_BD = jax.random.bernoulli(key, 1 - fraction, x_BD.shape)
-    return jnp.where(keep_BD, x_BD / (1 - fraction), 0)
+        return {"pool_BD": pool_BD, "logits_BV": head(drop[1](pool_BD, rng=keys[1]))}

@@ -109,32 +109,21 @@ def inception_score(logits_NV: np.ndarray, split: int = SCORE_SPLIT) -> tuple[fl
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(
-    sample_ND: np.ndarray, reference_MD: np.ndarray, neighbors: int = NEIGHBORS
-) -> tuple[float, float]:
+def precision_recall(sample_ND: np.ndarray, reference_MD: np.ndarray) -> tuple[float, float]:
     """Computes improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991, eq. 1 and 2).
 
     An image is in the manifold of a set if its distance to some image of the set is at most that
-    image's distance to its k-th nearest neighbor in the set.
+    image's distance to its k-th nearest neighbor in the set, with k = NEIGHBORS.
 
     Args:
-        sample_ND: features of samples.
-        reference_MD: features of real images.
-        neighbors: number k of nearest neighbors.
+        sample_ND: features of samples, more than k.
+        reference_MD: features of real images, more than k.
 
     Returns:
         Fraction of samples in the reference's manifold; fraction of the reference in the samples'.
-
-    Raises:
-        InputError: a set has k images or fewer.
     """
-    for name, features in (("samples", sample_ND), ("reference", reference_MD)):
-        if len(features) <= neighbors:
-            raise InputError(
-                f"{name}: {len(features)} images; precision and recall need more than {neighbors}"
-            )
-    sample_radius_N = _manifold_radii(sample_ND, neighbors)
-    reference_radius_M = _manifold_radii(reference_MD, neighbors)
+    assert min(len(sample_ND), len(reference_MD)) > NEIGHBORS
+    sample_radius_N, reference_radius_M = map(_manifold_radii, (sample_ND, reference_MD))
     precise, recalled_M = 0, np.zeros(len(reference_MD), bool)
     for start in range(0, len(sample_ND), DISTANCE_BLOCK):
         block_nD, radius_n = (
@@ -159,8 +148,8 @@ def kernel_inception_distance(
     """Computes KID: the unbiased squared MMD with the kernel (x·y / D + 1)³, over random subsets.
 
     Args:
-        sample_ND: features of samples.
-        reference_MD: features of real images.
+        sample_ND: features of samples, two or more.
+        reference_MD: features of real images, two or more.
         subsets: number of pairs of subsets.
         subset_size: images in a subset; all images if there are fewer.
 
@@ -168,8 +157,7 @@ def kernel_inception_distance(
         Mean and standard deviation over the subsets (Bińkowski et al., arXiv 1801.01401, eq. 4).
     """
     size = min(subset_size, len(sample_ND), len(reference_MD))
-    if size < 2:
-        raise InputError(f"{size} images: KID needs two or more")
+    assert size >= 2
     rng = np.random.RandomState(KID_SEED)
     distances = []
     for _ in range(subsets):
@@ -194,25 +182,23 @@ def _kernel(x_ND, y_ND):
     return k_NN * k_NN * k_NN  # much faster than a power
 
 
-def _manifold_radii(feature_ND: np.ndarray, neighbors: int) -> np.ndarray:
+def _manifold_radii(feature_ND: np.ndarray) -> np.ndarray:
     """Returns the squared distance of each row to its k-th nearest neighbor, (N,)."""
     N, radii = len(feature_ND), []
     for start in range(0, N, DISTANCE_BLOCK):
         block_nD = feature_ND[start : start + DISTANCE_BLOCK]
         # Only the nearest k + 1 of each block of columns matter, including the row itself.
         nearest = [
-            _smallest(
-                _squared_distances(block_nD, feature_ND[first : first + DISTANCE_BLOCK]), neighbors
-            )
+            _smallest(_squared_distances(block_nD, feature_ND[first : first + DISTANCE_BLOCK]))
             for first in range(0, N, DISTANCE_BLOCK)
         ]
-        radii.append(_smallest(np.concatenate(nearest, axis=1), neighbors)[:, -1])
+        radii.append(_smallest(np.concatenate(nearest, axis=1))[:, -1])
     return np.concatenate(radii)
 
 
-def _smallest(x_nm: np.ndarray, neighbors: int) -> np.ndarray:
+def _smallest(x_nm: np.ndarray) -> np.ndarray:
     """Returns the k + 1 smallest numbers of each row, in order."""
-    return np.sort(np.partition(x_nm, min(neighbors, x_nm.shape[1] - 1))[:, : neighbors + 1])
+    return np.sort(np.partition(x_nm, min(NEIGHBORS, x_nm.shape[1] - 1))[:, : NEIGHBORS + 1])
 
 
 def _squared_distances(x_nD: np.ndarray, y_mD: np.ndarray) -> np.ndarray:
