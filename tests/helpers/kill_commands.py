@@ -32,7 +32,7 @@ VOLATILE = {"versions", "device"}  # keys of a report that may differ
 def command(name: str, out: str) -> list[str]:
     """Returns the command line that makes `out`."""
     sample = [f"{ROOT}/sample.py", "--weights=run", "--labels=all", "--batch_size=50"]
-    module = "-m", f"varjax.cli.{name.replace('-', '_')}"
+    module = "-m", "varjax", name
     drawn = ["--weights=run", "--count=100", "--batch_size=50", "--features=pixels"]
     return {
         "cache-latents": [*module, DATASET, TOKENIZER, "--augmentations=6", "--shards=20"],

@@ -324,7 +324,3 @@ def main(arguments: list[str]) -> int:
         print(f"{flags.out} is written")
 
     return run_command("varjax plot", plot)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

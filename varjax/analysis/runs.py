@@ -317,7 +317,3 @@ def main(arguments: list[str]) -> int:
                 print()
 
     return run_command("varjax runs", show)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

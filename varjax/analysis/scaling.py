@@ -15,7 +15,6 @@ as scaling.json and pictures.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -245,7 +244,3 @@ def main(arguments: list[str]) -> int:
         print(f"written to {out}")
 
     return run_command("varjax scaling", scaling)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

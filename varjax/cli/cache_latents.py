@@ -12,7 +12,6 @@ without exchanging data: use --distributed if JAX finds them automatically, othe
 --processes=COUNT --process=NUMBER.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -224,7 +223,3 @@ def main(arguments: list[str]) -> int:
         print(summary)
 
     return run_command("varjax cache-latents", action, interrupted=INTERRUPTED)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,6 @@ float32. docs/convert.md has the sources and what each license allows.
 """
 
 import dataclasses
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -147,7 +146,3 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="models to show (all)")
     flags = parser.parse_args(arguments)
     return run_command("varjax models", lambda: _print_models(flags.names))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -302,7 +302,3 @@ def main(arguments: list[str]) -> int:
     use_compilation_cache()
     message = "stopped; nothing was written"
     return run_command("varjax evaluate-tokenizer", action, interrupted=message)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,6 @@ has finished before, running it again only prints the result. See docs/evaluatio
 
 import dataclasses
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -214,7 +213,3 @@ def main(arguments: list[str]) -> int:
         print(write_classifier(data, training, name, as_path(flags.out)))
 
     return run_command("varjax train-classifier", action)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
