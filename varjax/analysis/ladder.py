@@ -1,6 +1,7 @@
 """Reads a ladder: runs that differ in size, whose losses on held-out images can be compared."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from varjax.analysis.power_law import Points, log_widths, pareto_front
 from varjax.analysis.run_log import RunLog, read_run_log
+from varjax.data.stream import LOCATION_FIELDS
 from varjax.errors import InputError
 from varjax.storage import files
 from varjax.storage.buckets import as_path, real_path
@@ -35,8 +37,6 @@ LOSS_FIELDS = (
     "kl",
     "perceptual.weight",
 )
-# Settings of a dataset that do not change its images.
-LOCATION_FIELDS = {"root", "name", "data_dir", "reading"}
 # Begins the names of settings of the images of cached latents, which older runs did not keep.
 LATENTS = "images of latents"
 MAX_DEPTH_OR_WIDTH = 2**20
@@ -75,13 +75,13 @@ class Ladder:
         curves: curves of each run, by the names of LOSSES that all runs have logged.
         prefix: "eval_ema" for EMA weights, otherwise "eval".
         notes: caveats about fits of these runs, one per line.
-        config: settings of the smallest run.
+        smallest: log of the smallest run.
     """
 
     curves: dict[str, list[Curve]]
     prefix: str
     notes: list[str]
-    config: dict[str, Any]
+    smallest: RunLog
 
     @property
     def runs(self) -> list[Curve]:
@@ -131,7 +131,7 @@ def read_ladder(directories: Sequence[str], weights: str = "") -> Ladder:
     for name, (metric, inverted, _) in LOSSES.items():
         if all(log.points(f"{prefix}/{metric}")[0].size for log in logs):
             curves[name] = [_curve(log, f"{prefix}/{metric}", inverted) for log in logs]
-    ladder = Ladder(curves, prefix, list(_notes(logs)), logs[0].config)
+    ladder = Ladder(curves, prefix, list(_notes(logs)), logs[0])
     if not ladder.has_compute:
         ladder.notes.append("some runs log no step_tflop, so there is no fit against compute")
     return ladder
@@ -146,12 +146,11 @@ def model_size(log: RunLog) -> float:
 
     Raises InputError if neither is known.
     """
-    task = log.config.get("task")
-    model = task.get("model") if isinstance(task, dict) else None
-    if isinstance(task, dict) and isinstance(model, dict) and task.get("_type") == "VARTask":
-        depth, width = (_whole_number(model.get(name)) for name in ("depth", "width"))
+    if log.setting("task", "_type") == "VARTask":
+        model = functools.partial(log.setting, "task", "model")
+        depth, width = (_whole_number(model(name)) for name in ("depth", "width"))
         if depth and width:
-            adaln_layers = 1 if model.get("shared_adaln") is True else depth
+            adaln_layers = 1 if model("shared_adaln") is True else depth
             return float((12 * depth + 6 * adaln_layers) * width**2)
     logged = log.points("parameters")[1]
     if not (logged.size and 0 < logged[-1] < np.inf):
@@ -199,16 +198,14 @@ def _check_comparable(first: RunLog, log: RunLog) -> None:
 
 def _setting_of_losses(log: RunLog) -> dict[str, Any]:
     """Returns what must agree between runs: images, tokenizer, and what the loss measures."""
-    config, run = log.config, as_path(log.name)
-    task = config["task"] if isinstance(config.get("task"), dict) else {}
-    data = config["data"] if isinstance(config.get("data"), dict) else {}
-    settings = {"task": task.get("_type"), "data": data.get("_type")}
-    settings["eval_images"] = config.get("eval_images") or None
-    settings |= _flat(task.get("tokenizer"), "task.tokenizer")
-    fields = _flat(task, "task")
-    settings |= {x: fields[x] for name in LOSS_FIELDS if (x := f"task.{name}") in fields}
-    kept = {name: value for name, value in data.items() if name not in LOCATION_FIELDS}
-    settings |= _flat(kept, "data")
+    run = as_path(log.name)
+    settings = {"task": log.setting("task", "_type"), "data": log.setting("data", "_type")}
+    settings["eval_images"] = log.setting("eval_images") or None
+    settings |= _flat(log.setting("task", "tokenizer"), "task.tokenizer")
+    for name in LOSS_FIELDS:
+        settings |= _flat(log.setting("task", *name.split(".")), f"task.{name}")
+    if isinstance(data := log.setting("data"), dict):
+        settings |= _flat({k: v for k, v in data.items() if k not in LOCATION_FIELDS}, "data")
     # What the run itself found out says more than the settings, but other programs' runs lack it.
     if (run / "data.json").is_file():
         images = files.read_json(run / "data.json")
@@ -230,13 +227,12 @@ def _notes(logs: Sequence[RunLog]) -> Iterator[str]:
         step = max(line["step"] for line in log.lines)
         if log.steps is not None and step < log.steps:
             yield f"{log.name} ended at step {step:,} of {log.steps:,} and is used as it is"
-    task, data = logs[0].config.get("task"), logs[0].config.get("data")
-    if isinstance(task, dict) and "tokenizer" in task and isinstance(data, dict):
-        if data.get("_type") != "CachedLatents":
-            yield (
-                "the runs encode their images, so compute includes the tokenizer's encoder; with "
-                "cached latents it is that of the model alone"
-            )
+    has_tokenizer = logs[0].setting("task", "tokenizer") is not None
+    if has_tokenizer and logs[0].setting("data", "_type") not in (None, "CachedLatents"):
+        yield (
+            "the runs encode their images, so compute includes the tokenizer's encoder; with "
+            "cached latents it is that of the model alone"
+        )
 
 
 def final_points(curves: Sequence[Curve]) -> Points:

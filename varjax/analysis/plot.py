@@ -69,20 +69,19 @@ def metric_kind(run: RunLog, metric: str) -> tuple[str, ...]:
     by other features, with another reference, or of another number of images.
     """
     if metric in TASK_METRICS:
-        head = _setting(run.config, "task", "model", "head", "_type")
-        words = [_setting(run.config, "task", "_type").removesuffix("Task"), head]
+        head = _text(run, "task", "model", "head", "_type")
+        words = [_text(run, "task", "_type").removesuffix("Task"), head]
     elif metric in SAMPLE_METRICS:
-        features, reference = (_setting(run.config, "fid", x) for x in ("features", "reference"))
-        words = [features, reference if metric == "fid" else "", _sample_count(run.config)]
+        features, reference = (_text(run, "fid", x) for x in ("features", "reference"))
+        words = [features, reference if metric == "fid" else "", _sample_count(run)]
     else:
         words = []
     return tuple(word for word in words if word)
 
 
-def _sample_count(config: Any) -> str:
+def _sample_count(run: RunLog) -> str:
     """Returns how many samples an evaluation draws, on which FID and Inception Score depend."""
-    fid = config.get("fid")
-    images = fid.get("images") if isinstance(fid, dict) else None
+    images = run.setting("fid", "images")
     return f"{images:,} images" if type(images) is int else ""
 
 
@@ -129,7 +128,7 @@ def draw_curves(
         InputError: no run has logged anything yet, no run has logged `by_scale`, or the reference
             is of a task that no run has.
     """
-    tasks = {_setting(run.config, "task", "_type") for run in runs}
+    tasks = {_text(run, "task", "_type") for run in runs}
     if reference and not tasks & {"", reference.task}:
         raise InputError(
             f"reference={reference.name}: is a log of {reference.task}, which none of these runs "
@@ -214,10 +213,10 @@ def _draw(axis: Any, panel: Panel, runs: Sequence[RunLog], reference: PublishedL
 
 def _comparable(reference: PublishedLog, run: RunLog, metric: str) -> bool:
     """Returns whether a published metric measures the same as that of a run, by its config."""
-    features = _setting(run.config, "fid", "features")
+    features = _text(run, "fid", "features")
     if metric in SAMPLE_METRICS and features not in ("", "inception"):
         return False
-    return _setting(run.config, "task", "_type") in ("", reference.task)
+    return _text(run, "task", "_type") in ("", reference.task)
 
 
 def _curves(panel: Any, run: RunLog, name: str, color: str) -> None:
@@ -277,11 +276,9 @@ def _color(i: int, runs: int) -> Any:
     return f"C{i}" if runs <= DISTINCT_COLORS else colormaps["turbo"](i / (runs - 1))
 
 
-def _setting(config: Any, *path: str) -> str:
-    """Returns a setting that is text; "" if a config has none."""
-    for name in path:
-        config = config.get(name) if isinstance(config, dict) else None
-    return config if isinstance(config, str) else ""
+def _text(run: RunLog, *path: str) -> str:
+    """Returns a setting that is text; "" if a run has none."""
+    return value if isinstance(value := run.setting(*path), str) else ""
 
 
 def _runs_at(location: str) -> list[str]:

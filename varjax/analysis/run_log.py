@@ -1,6 +1,7 @@
 """Reads the logs of runs, and has a published log to compare with."""
 
 import dataclasses
+import math
 import pathlib
 import re
 import sys
@@ -84,6 +85,24 @@ class RunLog:
         pairs = [(line["step"], line[metric]) for line in self.lines if metric in line]
         pairs = np.array([pair for pair in pairs if None not in pair], float).reshape(-1, 2)
         return pairs[:, 0] * self.batch_size, pairs[:, 1]
+
+    def last(self, *metrics: str, step: float = math.inf) -> float:
+        """Returns the newest value of a metric, up to a step; NaN if there is none.
+
+        Args:
+            metrics: metrics; of those in one line, the first one counts.
+            step: last step that counts.
+        """
+        lines = (line for line in reversed(self.lines) if line["step"] <= step)
+        values = (line[name] for line in lines for name in metrics if line.get(name) is not None)
+        return next(values, math.nan)
+
+    def setting(self, *path: str) -> Any:
+        """Returns a setting of `config`, which may hold anything; None if there is none."""
+        value: Any = self.config
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
 
     def scales(self, metric: str) -> int:
         """Counts the scales for which `metric` was logged."""

@@ -141,23 +141,15 @@ def run_status(directory: pathlib.Path) -> RunStatus:
         state = "failed" if step else "failed start"
     else:
         state = "stopped"
-
-    def last(*names: str) -> float:
-        for line in reversed(log.lines):
-            for name in names:
-                if line.get(name) is not None:
-                    return line[name]
-        return math.nan
-
     return RunStatus(
         directory,
         state,
         step,
         steps,
-        last("loss"),
-        last(*EVAL_LOSSES),
-        last("images_per_second"),
-        last("goodput/fraction"),
+        log.last("loss"),
+        log.last(*EVAL_LOSSES),
+        log.last("images_per_second"),
+        log.last("goodput/fraction"),
         age,
         _error_line(errors[0]) if errors and not running else "",
     )

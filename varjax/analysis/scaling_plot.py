@@ -84,13 +84,8 @@ def _list_sizes(figure: Any, runs: Sequence[Curve], colors: Sequence[Any]) -> No
 
 def has_paper_tokens(ladder: Ladder) -> bool:
     """Returns whether the runs predict the VAR paper's 680 tokens of 4,096 codes."""
-    task = ladder.config.get("task")
-    tokenizer = task.get("tokenizer") if isinstance(task, dict) else None
-    return (
-        isinstance(tokenizer, dict)
-        and tokenizer.get("scales") == list(SCALES_256)
-        and tokenizer.get("vocab") == PAPER_VOCAB
-    )
+    tokens = [ladder.smallest.setting("task", "tokenizer", name) for name in ("scales", "vocab")]
+    return tokens == [list(SCALES_256), PAPER_VOCAB]
 
 
 def _draw_law(

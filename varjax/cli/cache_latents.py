@@ -34,7 +34,7 @@ from varjax.data.latent_shards import (
 from varjax.data.latents import CachedLatents
 from varjax.data.loader import make_loader
 from varjax.data.sources import Folder
-from varjax.data.stream import MAX_AUGMENTATIONS, ImageDataset
+from varjax.data.stream import LOCATION_FIELDS, MAX_AUGMENTATIONS, ImageDataset
 from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
@@ -48,8 +48,6 @@ from varjax.trees import PyTree
 
 IMAGES_PER_SHARD = 4096
 IMAGES_PER_DEVICE = 32  # in a batch
-# Fields of a dataset that do not determine its images.
-LOCATION_FIELDS = ("reading", "root", "name", "data_dir")
 FloatDtype = Literal["float16", "float32"]
 
 INTERRUPTED = "stopped; run the same command again to continue"

@@ -140,7 +140,9 @@ def _run_facts(weights: WeightsDir) -> dict[str, Any]:
         facts["checkpoint"] = f"step {step:,}" + f", the best by {chosen_by}" * bool(chosen_by)
         # The loss of the weights that load by default.
         held_out = EVAL_LOSSES[::-1] if chosen_without_ema(chosen_by) else EVAL_LOSSES
-        losses = _losses_at(weights.path, step, held_out)
+        log = read_run_log(weights.path)
+        losses = {"loss": log.last("loss", step=step)}
+        losses["held-out loss"] = log.last(*held_out, step=step)
     facts |= {name: f"{x:.4g}" for name, x in losses.items() if not math.isnan(x)}
     names = ("batch_size", "seed", "init_from", "fork_from", "keep_best")
     facts |= {name: config.get(name) for name in names}
@@ -155,19 +157,6 @@ def _checkpoints(run_dir: pathlib.Path) -> str:
     except InputError:  # a bucket from which Orbax does not read
         return ""
     return ", ".join(f"{kind}{step}" for kind, saved in kinds.items() for step in saved.steps())
-
-
-def _losses_at(run_dir: pathlib.Path, step: int, held_out: tuple[str, ...]) -> dict[str, float]:
-    """Returns the losses that a run logged last, up to a step.
-
-    held_out: metrics of an evaluation, of which the first that it has is the held-out loss.
-    """
-    log, losses = read_run_log(run_dir), {}
-    for line in (line for line in log.lines if line["step"] <= step):
-        for name, metrics in (("loss", ("loss",)), ("held-out loss", held_out)):
-            values = [line[metric] for metric in metrics if line.get(metric) is not None]
-            losses |= {name: values[0]} if values else {}
-    return losses
 
 
 def _converted_facts(weights: WeightsDir) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from varjax.storage.image_files import BrokenImage
 
 Split = Literal["train", "held_out"]
 Example = dict[str, Any]  # one row of a batch, its arrays named like the batch's
+# Fields of a dataset that do not determine its images.
+LOCATION_FIELDS = ("root", "name", "data_dir", "reading")
 GOLDEN_RATIO = (1 + 5**0.5) / 2
 MAX_AUGMENTATIONS = 64  # in a cache; the order of all images in each of them is in memory
 MAX_BROKEN_IN_A_ROW = 100  # in a shuffled order, more mean that nearly all images are broken
