@@ -28,6 +28,7 @@ from typing import Literal
 from varjax.analysis.run_log import RunLog, read_run_log
 from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser, run_command
+from varjax.runtime.text_table import table_lines
 from varjax.storage import buckets, files, folders
 from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.untrusted import printable
@@ -218,16 +219,8 @@ def status_table(runs: Sequence[RunStatus]) -> str:
         shown = ["" if math.isnan(x) else f"{x:,.4g}" for x in numbers]
         shown.append("" if math.isnan(run.productive) else f"{run.productive:.0%}")
         rows.append((str(run.directory), run.state, f"{run.step:,}{total}", *shown, _ago(run.age)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
     errors = ["", *(printable(run.error[:ERROR_LENGTH]) for run in runs)]
-    both = zip(lines, errors, strict=True)
+    both = zip(table_lines(rows, left=2), errors, strict=True)
     return "\n".join(f"{line}\n    {error}" if error else line for line, error in both)
 
 

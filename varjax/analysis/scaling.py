@@ -35,6 +35,7 @@ from varjax.analysis.scaling_fits import (
 from varjax.analysis.scaling_plot import draw_scaling
 from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser, run_command
+from varjax.runtime.text_table import table_lines
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 
@@ -43,15 +44,14 @@ def scaling_tables(ladder: Ladder, report: ScalingReport) -> list[str]:
     """Formats a report as tables of text."""
     weights = "EMA weights" if ladder.prefix == PREFIXES[0] else "non-EMA weights"
     lines = [f"{len(ladder.runs)} runs, last losses on held-out images ({weights}):"]
-    header = ["run", "parameters", "images seen", "petaFLOP", *ladder.curves]
-    rows = []
+    rows = [["run", "parameters", "images seen", "petaFLOP", *ladder.curves]]
     for index, run in enumerate(ladder.runs):
         petaflop = run.petaflop_P[-1]
         cells = [run.run, short_number(run.size), f"{run.images_P[-1]:,.0f}"]
         cells.append("" if np.isnan(petaflop) else f"{petaflop:,.4g}")
         losses = [f"{curves[index].loss_P[-1]:.4f}" for curves in ladder.curves.values()]
         rows.append([*cells, *losses])
-    lines += [*_table(header, rows), ""]
+    lines += [*table_lines(rows), ""]
     variables = "ND" if JOINT.name in report.fits else "x"
     law = " + ".join(f"(x0 / {variable})^exponent" for variable in variables)
     lines.append(f"loss = floor + {law}; in brackets: 95 % of the resampled fits")
@@ -60,7 +60,8 @@ def scaling_tables(ladder: Ladder, report: ScalingReport) -> list[str]:
             lines += ["", f"{against.title}:", *_fit_table(against, fits)]
     predicted = [name for name, found in report.predictions.items() if found]
     if predicted:
-        rows = [
+        rows = [["", "parameters", "predicted", "measured"]]
+        rows += [
             [
                 LOSSES[name][2],
                 short_number(p.size),
@@ -70,16 +71,17 @@ def scaling_tables(ladder: Ladder, report: ScalingReport) -> list[str]:
             for name in predicted
             for p in report.predictions[name]
         ]
-        lines += ["", "predictions:", *_table(["", "parameters", "predicted", "measured"], rows)]
+        lines += ["", "predictions:", *table_lines(rows)]
     return lines + [f"note: {note}" for note in report.notes]
 
 
 def _fit_table(against: ScalingVariables, fits: Mapping[str, Fit]) -> list[str]:
-    header, rows = [""], []
+    header = [""]
     for variable in against.symbols:
         header += [f"exponent of {variable}", f"x0 of {variable}"]
     header.append("floor")
     header += ["r"] * (len(against.symbols) == 1)
+    rows = [header]
     for name, fit in fits.items():
         cells = [LOSSES[name][2]]
         for i in range(len(against.symbols)):
@@ -89,7 +91,7 @@ def _fit_table(against: ScalingVariables, fits: Mapping[str, Fit]) -> list[str]:
         if len(against.symbols) == 1:
             cells.append(f"{fit.correlation:.4f}")
         rows.append(cells)
-    return _table(header, rows)
+    return table_lines(rows)
 
 
 def _with_interval(fit: Fit, quantity: Callable[[PowerLaw], float], form: str) -> str:
@@ -98,14 +100,6 @@ def _with_interval(fit: Fit, quantity: Callable[[PowerLaw], float], form: str) -
 
 def _brackets(low: float, high: float, form: str) -> str:
     return "" if np.isnan(low) else f" [{form.format(low)}, {form.format(high)}]"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, *rows)
-    ]
 
 
 def scaling_json(ladder: Ladder, report: ScalingReport) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from varjax.convert.name_maps.name_map import NameMap
 from varjax.convert.name_maps.release import PublishedResult
 from varjax.errors import InputError
 from varjax.runtime.commands import command_parser, run_command
+from varjax.runtime.text_table import table_lines
 from varjax.storage.cache_dir import cache_folder
 
 BYTES = 4  # of a float32
@@ -87,12 +88,7 @@ def models_table(models: Sequence[PublishedModel]) -> str:
                 model.options,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(table_lines(rows))
 
 
 def _published(names: Collection[str]) -> Iterator[PublishedModel]:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from varjax.runtime.text_table import table_lines
+
 KINDS = {"eval": "held out", "eval_ema": "EMA weights"}
 HEADLINES = ("loss", "accuracy", "psnr", "fid", "inception_score")  # shown first, in this order
 
@@ -39,14 +41,7 @@ def results_table(metrics: Mapping[str, float]) -> str:
     for name in ordered:
         cells = (columns[kind].get(name, math.nan) for kind in columns)
         rows.append([name, *("" if math.isnan(x) else f"{x:.4g}" for x in cells)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(table_lines(rows, left=1))
 
 
 def _by_kind(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
