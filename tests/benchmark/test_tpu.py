@@ -114,7 +114,8 @@ def test_pieces_of_sampling_and_training_have_the_flop_of_the_whole(small, dtype
             flops.count(lambda *a, p=p: p.function(*a, compute), *p.arguments) for p in programs
         )
 
-    sampling = [pieces.sampling("d16", 2, compute, 1, True, parts) for parts in (False, True)]
+    guided, unguided = (benchmark.sampling_programs("d16", 1, value) for value in (True, False))
+    sampling = [pieces.sampling(guided, 2, compute, parts) for parts in (False, True)]
     assert [p.name for p in sampling[1]][:3] == ["condition", "transformer 1x1", "tokens 1x1"]
     assert work(sampling[0]) == work(sampling[1])
     training = [pieces.training("d16", 2, compute, False, parts) for parts in (False, True)]
@@ -124,9 +125,9 @@ def test_pieces_of_sampling_and_training_have_the_flop_of_the_whole(small, dtype
     assert work(training[0]) == pytest.approx(work(training[1]), rel=0.02)
     cached = pieces.training("d16", 2, compute, True, False)
     assert work(cached) == pytest.approx(work(training[1][1:]), rel=1e-6)
-    unguided = pieces.sampling("d16", 2, compute, 1, False, False)
-    decoder = work(pieces.decoding("d16", 2, compute))
-    assert work(unguided) - decoder == pytest.approx((work(sampling[0]) - decoder) / 2, rel=0.05)
+    half = work(pieces.sampling(unguided, 2, compute, False))
+    decoder = work(pieces.decoding(guided, 2, compute))
+    assert half - decoder == pytest.approx((work(sampling[0]) - decoder) / 2, rel=0.05)
     assert work(pieces.encoding("d16", 2, compute)) == work(training[1][:1])
 
 
@@ -160,7 +161,8 @@ def test_a_refiner_replaces_the_model_at_the_fine_scales(monkeypatch):
     compute = ComputeConfig("bfloat16", attention_impl="xla", platform="tpu")
 
     def work(preset, *refiner):
-        (program,) = pieces.sampling(preset, 2, compute, 1, True, False, *refiner)
+        programs = benchmark.sampling_programs(preset, 1, True, *refiner)
+        (program,) = pieces.sampling(programs, 2, compute, False)
         return flops.count(lambda *a: program.function(*a, compute), *program.arguments)
 
     assert 0 < work("d20", "d16", 1) < work("d20")

@@ -20,48 +20,31 @@ from varjax.trees import PyTree
 
 
 def sampling(
-    preset: str,
-    batch_size: int,
-    compute: ComputeConfig,
-    steps: int,
-    guided: bool,
-    pieces: bool,
-    refiner: str = "",
-    draft_scales: int = 0,
-    diffusion_steps: str = "100",
+    programs: SamplingPrograms, batch_size: int, compute: ComputeConfig, pieces: bool
 ) -> list[Program]:
     """Returns the programs that draw a batch of images: one, or pieces that run one by one.
 
     Args:
-        preset: name of a released model's size.
+        programs: programs of a released size; of DiSA's denoising steps, only the pieces count all.
         batch_size: number of images.
         compute: dtype of the weights and execution.
-        steps: number of steps in which MAR draws its tokens.
-        guided: whether to use classifier-free guidance.
         pieces: whether to return the pieces instead of the whole: the decoder and, for each scale
             of VAR or group of MAR's steps, the transformer and the choice of tokens.
-        refiner: size of the model that draws the fine scales; "" for none.
-        draft_scales: number of scales before those of the refiner.
-        diffusion_steps: denoising steps of MAR's tokens; only the pieces count those of DiSA.
     """
-    programs, params = _programs_and_params(
-        preset, compute, steps, guided, refiner, draft_scales, diffusion_steps
-    )
     label_B, key_B = jax.eval_shape(
         lambda: (jnp.zeros(batch_size, jnp.int32), image_keys(0, jnp.arange(batch_size)))
     )
     options = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, programs.options))
-    arguments = params, options, label_B, key_B
+    arguments = _params(programs, compute), options, label_B, key_B
     if not pieces:
         return [Program("whole", programs.whole, arguments)]
-    return [*programs.pieces(*arguments, compute), *decoding(preset, batch_size, compute)]
+    return [*programs.pieces(*arguments, compute), *decoding(programs, batch_size, compute)]
 
 
-def decoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Program]:
+def decoding(programs: SamplingPrograms, batch_size: int, compute: ComputeConfig) -> list[Program]:
     """Returns the program that decodes a batch of latents into images."""
-    programs, params = _programs_and_params(preset, compute, 1, True)
     latents = jax.ShapeDtypeStruct((batch_size, *programs.latent_shape), jnp.float32)
-    return [Program("decoder", programs.decode, (params, latents))]
+    return [Program("decoder", programs.decode, (_params(programs, compute), latents))]
 
 
 def encoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Program]:
@@ -148,15 +131,10 @@ def training_gradient(
     return accumulated_gradients(loss_without_metrics, params, batch, task.accumulate)[0]
 
 
-def _programs_and_params(
-    preset, compute, steps, guided, refiner="", draft_scales=0, diffusion_steps="100"
-) -> tuple[SamplingPrograms, PyTree]:
-    programs = benchmark_of(preset).sampling_programs(
-        preset, steps, guided, refiner, draft_scales, diffusion_steps
-    )
-    params = jax.eval_shape(programs.init, jax.random.key(0))
-    return programs, jax.eval_shape(
-        lambda p: trees.cast(programs.cast, p, compute.jax_dtype), params
+def _params(programs: SamplingPrograms, compute: ComputeConfig) -> PyTree:
+    return jax.eval_shape(
+        lambda key: trees.cast(programs.cast, programs.init(key), compute.jax_dtype),
+        jax.random.key(0),
     )
 
 

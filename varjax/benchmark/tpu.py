@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> None:
     steps = STEPS if flags.steps is None else flags.steps
     denoising = "100" if flags.diffusion_steps is None else flags.diffusion_steps
     sampler = benchmark_of(flags.preset).sampling_programs(
-        flags.preset, steps, diffusion_steps=denoising
+        flags.preset, steps, not flags.unguided, flags.refiner, draft_scales, denoising
     )
     check_sampler_flags(flags, sampler.setting)
     compute = compute_from_flags(
@@ -129,21 +129,15 @@ def main(arguments: list[str]) -> None:
         encoder_precision=flags.encoder_precision,
     )
     device = tpu_devices(flags.topology)[0]
-    size = flags.preset, flags.batch_size, compute
+    size = flags.batch_size, compute
     if flags.what == "sample":
-        programs = sampling(
-            *size,
-            steps,
-            not flags.unguided,
-            flags.parts,
-            refiner=flags.refiner,
-            draft_scales=draft_scales,
-            diffusion_steps=denoising,
-        )
+        programs = sampling(sampler, *size, flags.parts)
     elif flags.what == "train":
-        programs = training(*size, flags.cached, flags.parts, flags.accumulate)
+        programs = training(flags.preset, *size, flags.cached, flags.parts, flags.accumulate)
+    elif flags.what == "encode":
+        programs = encoding(flags.preset, *size)
     else:
-        programs = (encoding if flags.what == "encode" else decoding)(*size)
+        programs = decoding(sampler, *size)
     options: dict[str, Any] = {}
     if flags.what == "train":
         options = {name: getattr(flags, name) for name in ("accumulate", "cached", "remat")}
@@ -155,7 +149,6 @@ def main(arguments: list[str]) -> None:
         "benchmark": "tpu",
         "what": flags.what,
         "preset": flags.preset,
-        **({"refiner": flags.refiner, "draft_scales": draft_scales} if flags.refiner else {}),
         "batch_size": flags.batch_size,
         "dtype": str(compute.jax_dtype),
         **options,
