@@ -116,7 +116,6 @@ def test_only_the_family_table_api_and_name_map_import_a_family(family):
     own = f"varjax.{family}."
     users = {name for name, file in FILES.items() if any(m.startswith(own) for m in imported(file))}
     others = {name for name in users if not name.startswith(own)}
-    others -= {"varjax.analysis.diffusion_steps"}  # a study of MAR's denoiser
     assert others == {"varjax.models", "varjax.api", f"varjax.convert.name_maps.{family}"}
 
 

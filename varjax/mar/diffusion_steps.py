@@ -1,7 +1,7 @@
 """Prints what each number of diffusion steps costs in MAR, and how it amplifies a denoiser's error.
 
-python -m varjax.analysis.diffusion_steps
-python -m varjax.analysis.diffusion_steps --error=0.01 --steps=64
+python -m varjax.mar.diffusion_steps
+python -m varjax.mar.diffusion_steps --error=0.01 --steps=64
 
 Nothing is sampled. The denoiser is the exact one for a standard normal with a relative error added,
 so every variance has a closed form. An exact sampler would give a standard deviation of 1.
@@ -85,7 +85,7 @@ def print_tables(error: float, steps: int) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
-    parser = command_parser("python -m varjax.analysis.diffusion_steps", __doc__)
+    parser = command_parser("python -m varjax.mar.diffusion_steps", __doc__)
     add = parser.add_argument
     add("--error", type=float, default=0.001, help="relative error of the noise (0.001)")
     add("--steps", type=int, default=64, help="sampling steps of the second table (64)")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.paths import ROOT
-from varjax.analysis.diffusion_steps import first_step_factor, main, sample_std
+from varjax.mar.diffusion_steps import first_step_factor, main, sample_std
 from varjax.nn.diffusion import NoiseSchedule, reverse_diffusion
 
 
