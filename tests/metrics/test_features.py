@@ -27,6 +27,7 @@ from varjax.metrics.features import (
 )
 from varjax.metrics.fid import Moments
 from varjax.metrics.image_sets import DatasetImages, open_image_set
+from varjax.storage import files
 from varjax.storage.npz import NpzArchive
 
 IMAGES_NHWC = np.random.default_rng(0).integers(0, 256, (23, 12, 12, 3), np.uint8)
@@ -212,7 +213,11 @@ def test_image_statistics_are_cached_and_resumed_after_a_kill(tmp_path, monkeypa
     np.testing.assert_array_equal(reference.pool_MD, extract(IMAGES_NHWC)["pool_ND"])
     again = references.reference_of_images(images, images.digest, failing, cache)
     assert len(calls) == 4 and again.images == 23
-    assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
+    (path,) = cache.iterdir()
+    assert path.suffix == ".safetensors"
+    files.write_tensors(path, files.read_tensors(path)[0], {})  # as another program may
+    with pytest.raises(InputError, match="lacks the number of its images; remove it"):
+        references.reference_of_images(images, images.digest, failing, cache)
 
 
 def test_damaged_features_and_statistics_are_recomputed(tmp_path, monkeypatch, capsys):

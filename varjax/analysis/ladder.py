@@ -37,8 +37,6 @@ LOSS_FIELDS = (
     "kl",
     "perceptual.weight",
 )
-# Begins the names of settings of the images of cached latents, which older runs did not keep.
-LATENTS = "images of latents"
 MAX_DEPTH_OR_WIDTH = 2**20
 WARMUP_FRACTION = 0.1  # beginning of a run that the joint fit leaves out
 
@@ -186,7 +184,7 @@ def _check_comparable(first: RunLog, log: RunLog) -> None:
     lines = [
         f"{name}: {shown(a.get(name))} in {first.name}, {shown(b.get(name))} in {log.name}"
         for name in dict.fromkeys((*a, *b))
-        if a.get(name) != b.get(name) and (name in a and name in b or not name.startswith(LATENTS))
+        if a.get(name) != b.get(name)
     ]
     if lines:
         raise InputError(
@@ -210,7 +208,7 @@ def _setting_of_losses(log: RunLog) -> dict[str, Any]:
     if (run / "data.json").is_file():
         images = files.read_json(run / "data.json")
         settings |= _flat({name: images.get(name) for name in ("train", "held_out")}, "images")
-        settings |= _flat(images.get("settings"), LATENTS)
+        settings |= _flat(images.get("settings"), "images of latents")
     if (run / "frozen.json").is_file():
         settings["tokenizer's weights"] = files.read_json(run / "frozen.json").get("digest")
     return settings

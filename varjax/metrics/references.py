@@ -150,8 +150,9 @@ def reference_of_images(
         for kind, (mean, covariance) in STATISTICS.items()
         if mean in arrays
     }
-    count = int(metadata.get(COUNT, images.shape[0]))  # older files have none
-    return Reference(request["images"], moments, arrays["compared"], count)
+    if COUNT not in metadata:
+        raise InputError(f"{path} lacks the number of its images; remove it, and it is made again")
+    return Reference(request["images"], moments, arrays["compared"], int(metadata[COUNT]))
 
 
 def _summarize(store: FeatureStore, count: int) -> tuple[dict[str, np.ndarray], int]:
