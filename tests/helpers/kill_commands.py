@@ -95,6 +95,7 @@ def soak(folder: pathlib.Path, name: str, kills: int, rng: random.Random) -> dic
     wanted, killed = (OUTPUTS.get(name, "{}").format(f"{name}_{x}") for x in ("whole", "killed"))
     seconds = finish(folder, command(name, wanted))
     whole, done, ends, failures = digests(folder / wanted), 0, 0, []
+    assert whole, f"{name} has made no files"
     last = False
     while done < kills or not last:
         process = start(folder, command(name, killed))
