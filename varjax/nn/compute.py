@@ -232,8 +232,8 @@ def on_each_device(
     Args:
         attend: called with the other arguments, without those that are None.
         q_BlAD: queries, whose images and heads the devices divide (`divides_attention`).
-        k_BLAD: keys.
-        v_BLAD: values.
+        k_BLAD: keys of L tokens.
+        v_BLAD: values of L tokens.
         key_mask_BL: keys that may be attended to; None for all.
 
     Returns:
