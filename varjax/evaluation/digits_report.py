@@ -71,8 +71,9 @@ def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, di
 MEANINGS = {
     "label accuracy": "fraction that a classifier of real digits assigns to the requested class",
     "diversity": "mean distance between two digits of a class, relative to real training digits",
-    "copying": "fraction whose nearest training digit is closer to it than to any other one",
-    "Fréchet distance": "between Gaussians of pixels, to held-out digits (real: training digits)",
+    "copying": "fraction closer to its nearest training digit than any other training digit is",
+    "Fréchet distance": "between Gaussians of the pixels of samples (real: of training digits) and "
+    "of held-out digits",
 }
 
 
