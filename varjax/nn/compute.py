@@ -210,10 +210,15 @@ def batch_axes() -> tuple[str, ...]:
     return tuple(name for name in mesh.auto_axes if name in BATCH_AXES)
 
 
+def head_axis() -> str | None:
+    """Returns the axis of the current mesh along which XLA shards heads; None without one."""
+    return TENSOR_AXIS if TENSOR_AXIS in jax.sharding.get_abstract_mesh().auto_axes else None
+
+
 def divides_attention(q_BlAD: jax.Array) -> bool:
     """Returns whether the devices of the current mesh divide the images and heads of queries."""
-    mesh = jax.sharding.get_abstract_mesh()
-    heads = mesh.shape[TENSOR_AXIS] if TENSOR_AXIS in mesh.auto_axes else 1
+    axis = head_axis()
+    heads = jax.sharding.get_abstract_mesh().shape[axis] if axis else 1
     return not q_BlAD.shape[0] % batch_devices() and not q_BlAD.shape[2] % heads
 
 
@@ -241,8 +246,7 @@ def on_each_device(
     """
     arrays = [q_BlAD, k_BLAD, v_BLAD] + [key_mask_BL] * (key_mask_BL is not None)
     if axes := batch_axes():
-        sharded = TENSOR_AXIS in jax.sharding.get_abstract_mesh().auto_axes
-        part = P(axes, None, TENSOR_AXIS if sharded else None)
+        part = P(axes, None, head_axis())
         specs = (part, part, part, P(axes))[: len(arrays)]
         attend = jax.shard_map(attend, in_specs=specs, out_specs=part, check_vma=False)
     return attend(*arrays)
